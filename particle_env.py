@@ -1,0 +1,250 @@
+"""Batched particle worlds: cooperative navigation, predator-prey and World, as tensors.
+
+These are the variants of the multi-agent particle environments that offline multi-agent RL papers since OMAR (Pan et
+al., ICML 2022) use: their own rewards and forces, no communication. All `num_envs` worlds advance in one `step`, on
+the CPU or a GPU:
+
+    env = ParticleEnv("simple_tag", num_envs=1024)
+    obs = env.reset()                                   # list over agents of [E, d_i]
+    obs, rewards = env.step(actions)                    # actions [E, n, 2] in [-1, 1], rewards [E, n]
+
+`parallel_env("simple_tag")` is one such world behind PettingZoo's ParallelEnv interface.
+
+An episode has 25 steps and no terminal state: call `reset()` after `EPISODE_STEPS` steps. E is the number of worlds, n
+the number of agents, m the number of landmark-like entities (landmarks, obstacles, food, forests). Lengths are world
+units (the arena is about [-1, 1]^2, nothing stops an agent at its edge), velocities world units per unit time.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPISODE_STEPS = 25
+DT = 0.1  # time per step
+DAMPING = 0.25  # share of the velocity lost per step
+CONTACT_FORCE = 100.0
+CONTACT_MARGIN = 1e-3
+INF = float("inf")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """The constants of one scenario; one tuple entry per agent or per landmark-like entity."""
+
+    agents: tuple[str, ...]  # PettingZoo names in agent order; the controlled agents come first
+    num_controlled: int  # agents that are trained; the others (the prey) follow them in agent order
+    agent_size: tuple[float, ...]  # radii
+    gain: tuple[float, ...]  # force per unit of action
+    max_speed: tuple[float, ...]
+    landmarks: tuple[str, ...]  # kind of each landmark-like entity
+    landmark_size: tuple[float, ...]
+    num_solid: int  # the first `num_solid` landmarks collide with agents
+    landmark_range: float  # landmarks start uniformly in [-landmark_range, landmark_range]^2
+    v_min: float  # shift "speed": v_j ~ U[v_min, 1] (Sec. 5.2 of the DOM2 paper)
+    catch_reward: float = 0.0  # predators' reward for each predator that touches the prey
+
+
+HUNTERS = ("adversary_0", "adversary_1", "adversary_2", "agent_0")  # MPE calls the predators adversaries
+SCENARIOS = {
+    "simple_spread": Scenario(
+        agents=("agent_0", "agent_1", "agent_2"),
+        num_controlled=3,
+        agent_size=(0.15,) * 3,
+        gain=(5.0,) * 3,
+        max_speed=(INF,) * 3,
+        landmarks=("landmark",) * 3,
+        landmark_size=(0.05,) * 3,
+        num_solid=0,
+        landmark_range=1.0,
+        v_min=0.3,
+    ),
+    "simple_tag": Scenario(
+        agents=HUNTERS,
+        num_controlled=3,
+        agent_size=(0.075, 0.075, 0.075, 0.05),
+        gain=(9.0, 9.0, 9.0, 16.0),
+        max_speed=(1.0, 1.0, 1.0, 1.3),
+        landmarks=("obstacle", "obstacle"),
+        landmark_size=(0.2, 0.2),
+        num_solid=2,
+        landmark_range=0.9,
+        v_min=0.4,
+        catch_reward=10.0,
+    ),
+    "simple_world": Scenario(
+        agents=HUNTERS,
+        num_controlled=3,
+        agent_size=(0.075, 0.075, 0.075, 0.045),
+        gain=(9.0, 9.0, 9.0, 16.0),
+        max_speed=(1.0, 1.0, 1.0, 1.3),
+        landmarks=("obstacle", "food", "food", "forest", "forest"),
+        landmark_size=(0.2, 0.03, 0.03, 0.3, 0.3),
+        num_solid=1,
+        landmark_range=0.9,
+        v_min=0.5,
+        catch_reward=5.0,
+    ),
+}
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distance over the last axis, [..., 2] -> [...]."""
+    return (a - b).square().sum(-1).sqrt()
+
+
+def _boundary_penalty(pos: Tensor) -> Tensor:
+    """B(|x|) + B(|y|): what the prey pays for leaving the arena, [..., 2] -> [...]."""
+    z = pos.abs()
+    outside = torch.exp(2 * z - 2).clamp(max=10.0)
+    return torch.where(z < 0.9, 0.0, torch.where(z < 1.0, 10 * (z - 0.9), outside)).sum(-1)
+
+
+class ParticleEnv:
+    """`num_envs` independent worlds of one scenario, stepped at once.
+
+    Args:
+        scenario: "simple_spread" (cooperative navigation), "simple_tag" (predator-prey) or "simple_world".
+        num_envs: number of worlds E.
+        shift: None, or "speed": at every reset each controlled agent j draws v_j ~ U[v_min, 1], which multiplies its
+            force and its speed cap; v_j = 1 is the standard environment.
+        device, dtype: where and in what precision the worlds live.
+        seed: seeds this object's own random generator; all randomness is in `reset`.
+
+    Raises:
+        ValueError: unknown scenario or shift.
+    """
+
+    def __init__(self, scenario, num_envs, shift=None, device="cpu", dtype=torch.float32, seed=0):
+        if scenario not in SCENARIOS:
+            raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
+        if shift not in (None, "none", "speed"):
+            raise ValueError(f"unknown shift {shift!r}: choose 'speed' or none")
+        self.scenario, self.spec, self.num_envs = scenario, SCENARIOS[scenario], num_envs
+        self.shift, self.device, self.dtype = shift, torch.device(device), dtype
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        spec = self.spec
+        self.num_agents, self.num_landmarks = len(spec.agents), len(spec.landmarks)
+        n, m, solid = self.num_agents, self.num_landmarks, spec.num_solid
+
+        def tensor(x):
+            return torch.tensor(x, device=self.device, dtype=dtype)
+
+        self.agent_size, self.landmark_size = tensor(spec.agent_size), tensor(spec.landmark_size)  # [n], [m]
+        self.gain, self.max_speed = tensor(spec.gain), tensor(spec.max_speed)  # [n]
+        self._capped = min(spec.max_speed) < INF
+        solid_size = torch.cat([self.agent_size, self.landmark_size[:solid]])  # [n + s]
+        self._contact_distance = self.agent_size[:, None] + solid_size  # [n, n + s]
+        self._contact_distance[torch.arange(n), torch.arange(n)] = -INF  # nobody collides with itself
+        self._others = torch.tensor([[j for j in range(n) if j != i] for i in range(n)], device=self.device)
+        self.obs_sizes = tuple(4 + 2 * m + 2 * (n - 1) + extra for extra in self._extra_sizes())
+        self.agent_pos = torch.zeros(num_envs, n, 2, device=self.device, dtype=dtype)
+        self.agent_vel = torch.zeros_like(self.agent_pos)
+        self.landmark_pos = torch.zeros(num_envs, m, 2, device=self.device, dtype=dtype)
+        self.speed = torch.ones(num_envs, n, device=self.device, dtype=dtype)  # v_j
+
+    def _extra_sizes(self):
+        """Observation entries beyond velocity, position and relative positions, per agent."""
+        if self.scenario == "simple_spread":
+            return (4, 4, 4)  # the two silent others' messages
+        forests = self.spec.landmarks.count("forest")
+        return (2 + forests,) * 3 + (forests,)  # predators also see the prey's velocity
+
+    def _uniform(self, *shape, low=-1.0, high=1.0):
+        u = torch.rand(*shape, device=self.device, dtype=self.dtype, generator=self.generator)
+        return low + (high - low) * u
+
+    def reset(self) -> list[Tensor]:
+        """Draw new initial states (velocities 0) and, under a shift, new v_j. Returns obs as `step` does."""
+        E, n, r = self.num_envs, self.num_agents, self.spec.landmark_range
+        self.agent_pos = self._uniform(E, n, 2)
+        self.agent_vel = torch.zeros_like(self.agent_pos)
+        self.landmark_pos = self._uniform(E, self.num_landmarks, 2, low=-r, high=r)
+        if self.shift == "speed":
+            k = self.spec.num_controlled
+            self.speed[:, :k] = self._uniform(E, k, low=self.spec.v_min, high=1.0)
+        return self._observations()
+
+    def set_state(self, agent_pos: Tensor, agent_vel: Tensor, landmark_pos: Tensor) -> list[Tensor]:
+        """Set positions [E, n, 2], velocities [E, n, 2] and landmarks [E, m, 2]; v_j stay. Returns obs.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        for name, value in (("agent_pos", agent_pos), ("agent_vel", agent_vel), ("landmark_pos", landmark_pos)):
+            expected = tuple(getattr(self, name).shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
+            setattr(self, name, torch.as_tensor(value, device=self.device, dtype=self.dtype).clone())
+        return self._observations()
+
+    def step(self, actions: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Advance every world by one step of DT.
+
+        Args:
+            actions: [E, n, 2], meant for [-1, 1]; the environment does not clip them.
+
+        Returns:
+            obs: list over agents of [E, d_i], in agent order. rewards: [E, n], of the state after the step.
+        """
+        pos = self.agent_pos
+        solid = torch.cat([pos, self.landmark_pos[:, : self.spec.num_solid]], 1)  # [E, n + s, 2]
+        force = (self.gain * self.speed)[..., None] * actions.to(self.dtype)  # [E, n, 2]
+        # Contact: every pair repels by k log(1 + exp(-(r - s_i - s_j) / k)); softplus is linear beyond 40, in float64
+        # exact to rounding.
+        delta = pos[:, :, None] - solid[:, None, :]  # [E, n, n + s, 2]
+        r = delta.square().sum(-1).sqrt()  # [E, n, n + s]
+        penetration = CONTACT_MARGIN * F.softplus((self._contact_distance - r) / CONTACT_MARGIN, threshold=40.0)
+        push = CONTACT_FORCE * penetration / r.clamp(min=1e-12)  # coincident centres do not push (r = 0 gives 0 / 0)
+        force = force + (push[..., None] * delta).sum(2)
+        vel = (1 - DAMPING) * self.agent_vel + DT * force
+        if self._capped:
+            norm = vel.square().sum(-1).sqrt()  # [E, n]
+            vel = vel * (self.max_speed * self.speed / norm.clamp(min=1e-12)).clamp(max=1.0)[..., None]
+        self.agent_vel = vel
+        self.agent_pos = pos + DT * vel
+        return self._observations(), self._rewards()
+
+    def _observations(self) -> list[Tensor]:
+        pos, vel, E, n = self.agent_pos, self.agent_vel, self.num_envs, self.num_agents
+        landmarks = (self.landmark_pos[:, None] - pos[:, :, None]).flatten(2)  # [E, n, 2 m]
+        others = (pos[:, self._others] - pos[:, :, None]).flatten(2)  # [E, n, 2 (n - 1)]
+        parts = [vel, pos, landmarks, others]
+        if self.scenario == "simple_spread":
+            obs = torch.cat([*parts, pos.new_zeros(E, n, 4)], -1)
+            return list(obs.unbind(1))
+        parts.append(vel[:, -1:].expand(E, n, 2))  # the prey's velocity
+        forest = [i for i, kind in enumerate(self.spec.landmarks) if kind == "forest"]
+        if forest:
+            reach = self.agent_size[:, None] + self.landmark_size[forest]  # [n, forests]
+            inside = _distance(pos[:, :, None], self.landmark_pos[:, None, forest]) < reach
+            parts.append(inside.to(self.dtype) * 2 - 1)
+        obs = torch.cat(parts, -1)  # [E, n, d]
+        prey = torch.cat([part[:, -1] for i, part in enumerate(parts) if i != 4], -1)  # without the prey's velocity
+        return [*obs[:, :-1].unbind(1), prey]
+
+    def _rewards(self) -> Tensor:
+        pos, size = self.agent_pos, self.agent_size
+        if self.scenario == "simple_spread":
+            nearest = _distance(pos[:, :, None], self.landmark_pos[:, None]).amin(1)  # [E, m]
+            cover = (1 / nearest).clamp(max=10.0).sum(-1, keepdim=True)  # [E, 1]
+            touching = _distance(pos[:, :, None], pos[:, self._others]) < size[:, None] + size[self._others]
+            return cover - 5.0 * touching.sum(-1)
+        d = _distance(pos[:, :-1], pos[:, -1:])  # predators to prey [E, 3]
+        catches = self.spec.catch_reward * (d < size[:-1] + size[-1]).sum(-1)  # [E]
+        predators = catches - 0.1 * d.sum(-1)
+        prey = -predators
+        if self.scenario == "simple_tag":
+            prey = prey - _boundary_penalty(pos[:, -1])
+        else:
+            food = _distance(pos[:, -1:], self.landmark_pos[:, 1:3])  # [E, 2]
+            eaten = (food < size[-1] + self.landmark_size[1:3]).sum(-1)
+            # the sign of the last term is OMAR's: farther from the food is better
+            prey = prey - 2 * _boundary_penalty(pos[:, -1]) + 2 * eaten + 0.05 * food.amin(-1)
+        return torch.cat([predators[:, None].expand(-1, d.shape[1]), prey[:, None]], 1)
+
+    def score(self, rewards: Tensor) -> Tensor:
+        """Step rewards [..., n] -> the team's [...]: the controlled agents' mean, whose sum is an episode's return."""
+        return rewards[..., : self.spec.num_controlled].mean(-1)
