@@ -8,7 +8,7 @@ the CPU or a GPU:
     obs = env.reset()                                   # list over agents of [E, d_i]
     obs, rewards = env.step(actions)                    # actions [E, n, 2] in [-1, 1], rewards [E, n]
 
-`parallel_env("simple_tag")` is one such world behind PettingZoo's ParallelEnv interface.
+`parallel_env("simple_tag")` is one such world behind PettingZoo's ParallelEnv interface, `draw(env)` a picture of one.
 
 An episode has 25 steps and no terminal state: call `reset()` after `EPISODE_STEPS` steps. E is the number of worlds, n
 the number of agents, m the number of landmark-like entities (landmarks, obstacles, food, forests). Lengths are world
@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gymnasium.spaces import Box
+from pettingzoo import ParallelEnv
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 EPISODE_STEPS = 25
@@ -248,3 +251,124 @@ class ParticleEnv:
     def score(self, rewards: Tensor) -> Tensor:
         """Step rewards [..., n] -> the team's [...]: the controlled agents' mean, whose sum is an episode's return."""
         return rewards[..., : self.spec.num_controlled].mean(-1)
+
+
+COLORS = {  # RGBA; agents are translucent, so that overlaps and the landmarks below them show
+    "forest": (76, 160, 86, 70),
+    "obstacle": (74, 78, 86, 255),
+    "landmark": (46, 50, 58, 255),
+    "food": (58, 158, 74, 255),
+    "predator": (214, 64, 58, 190),
+    "prey": (24, 130, 196, 190),
+    "cooperator": (58, 112, 205, 170),
+}
+
+
+def draw(env: ParticleEnv, index: int = 0, size: int = 500) -> np.ndarray:
+    """World `index` of `env` as an image, uint8 [size, size, 3], y upwards.
+
+    The camera shows [-1.4, 1.4]^2 and widens while an agent is farther out; the thin square is the arena [-1, 1]^2.
+    """
+    spec, agent_pos = env.spec, env.agent_pos[index]
+    num_prey = env.num_agents - spec.num_controlled
+    roles = ["predator" if num_prey else "cooperator"] * spec.num_controlled + ["prey"] * num_prey
+    discs = [
+        *zip(spec.landmarks, spec.landmark_size, env.landmark_pos[index].tolist(), strict=True),
+        *zip(roles, spec.agent_size, agent_pos.tolist(), strict=True),
+    ]
+    view = max(1.4, agent_pos.abs().max().item() + 0.2)  # half the width of what the camera shows
+    scale = size / view  # pixels per world unit, at twice the final size: shrinking the image smooths its edges
+
+    def box(x, y, radius):
+        return [scale * z for z in (view + x - radius, view - y - radius, view + x + radius, view - y + radius)]
+
+    image = Image.new("RGB", (2 * size, 2 * size), "white")
+    canvas = ImageDraw.Draw(image, "RGBA")
+    canvas.rectangle(box(0, 0, 1), outline=(222, 224, 228), width=size // 125)
+    for kind, radius, (x, y) in sorted(discs, key=lambda disc: disc[0] != "forest"):  # forests lie below the rest
+        canvas.ellipse(box(x, y, radius), fill=COLORS[kind], outline=COLORS[kind][:3], width=size // 125)
+    return np.array(image.resize((size, size), Image.Resampling.LANCZOS))
+
+
+class ParticleParallelEnv(ParallelEnv):
+    """One world of `ParticleEnv` as a PettingZoo ParallelEnv.
+
+    Actions are Box(-1, 1, (2,)) and, as in ParticleEnv, not clipped; observations are Box(-inf, inf, (d_i,)); both are
+    float32. No agent ever terminates: all are truncated together after EPISODE_STEPS steps.
+
+    Args:
+        scenario, shift: as in ParticleEnv.
+        render_mode: None, or "rgb_array" for `render()` to return an image.
+
+    Raises:
+        ValueError: unknown scenario, shift or render mode.
+    """
+
+    def __init__(self, scenario, shift=None, render_mode=None):
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"unknown render mode {render_mode!r}: choose 'rgb_array' or None")
+        self.world = ParticleEnv(scenario, num_envs=1, shift=shift)
+        self.world.generator.seed()  # every object its own episodes, until `reset` is given a seed
+        self.render_mode = render_mode
+        self.metadata = {
+            "name": scenario,
+            "render_modes": ["rgb_array"],
+            "render_fps": round(1 / DT),
+            "is_parallelizable": True,
+        }
+        self.possible_agents, self.agents = list(self.world.spec.agents), []
+        self.action_spaces = {agent: Box(-1, 1, (2,), np.float32) for agent in self.possible_agents}
+        self.observation_spaces = self._by_agent(Box(-INF, INF, (d,), np.float32) for d in self.world.obs_sizes)
+        self.state_space = Box(-INF, INF, (sum(self.world.obs_sizes),), np.float32)
+
+    def _by_agent(self, values):
+        return dict(zip(self.possible_agents, values, strict=True))
+
+    def action_space(self, agent):
+        return self.action_spaces[agent]
+
+    def observation_space(self, agent):
+        return self.observation_spaces[agent]
+
+    def reset(self, seed=None, options=None):
+        """Start an episode; a seed restarts the random stream. Returns obs and infos, dicts over agents."""
+        if seed is not None:
+            self.world.generator.manual_seed(seed)
+        self.agents, self.steps = list(self.possible_agents), 0
+        return self._by_agent(o[0].numpy() for o in self.world.reset()), {agent: {} for agent in self.agents}
+
+    def step(self, actions):
+        """Returns obs, rewards, terminations, truncations and infos, dicts over agents.
+
+        Raises:
+            RuntimeError: the episode is over, or none has begun.
+        """
+        if not self.agents:
+            raise RuntimeError("no episode is running: call reset() first")
+        stacked = torch.from_numpy(np.stack([actions[agent] for agent in self.agents]))  # [n, 2]
+        obs, rewards = self.world.step(stacked[None])
+        self.steps += 1
+        truncated = self.steps == EPISODE_STEPS
+        if truncated:
+            self.agents = []
+        return (
+            self._by_agent(o[0].numpy() for o in obs),
+            self._by_agent(rewards[0].tolist()),
+            dict.fromkeys(self.possible_agents, False),
+            dict.fromkeys(self.possible_agents, truncated),
+            {agent: {} for agent in self.possible_agents},
+        )
+
+    def state(self):
+        """All agents' observations in agent order, one float32 vector [sum of d_i]."""
+        return torch.cat(self.world._observations(), 1)[0].numpy()
+
+    def render(self):
+        """The current state as an image, uint8 [500, 500, 3]; None where render_mode is None."""
+        return None if self.render_mode is None else draw(self.world)
+
+    def close(self):
+        pass
+
+
+parallel_env = ParticleParallelEnv  # the name PettingZoo's environment modules give it
