@@ -1,0 +1,206 @@
+"""What every script here needs: clear errors, frozen policies, data sets on disk, the paper's numbers."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent
+DATASETS = ("random", "random-medium", "medium-replay", "medium", "medium-expert", "expert")
+# (expert, random) returns of the OMAR data sets: a normalised score is 0 at the random and 100 at the expert return
+NORMALISATION = {
+    "simple_spread": (516.8, 159.8),
+    "simple_tag": (185.6, -4.1),
+    "simple_world": (79.5, -6.8),
+    "HalfCheetah": (3568.8, -284.0),
+}
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that names the file or option and says what to do."""
+
+
+def run(main) -> None:
+    """Run `main()`; a UserError ends the program with its one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_choice(option: str, value: str, choices) -> None:
+    """Raise a UserError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{option} {value}: unknown; choose one of {', '.join(choices)}")
+
+
+def normalised_score(scenario: str, episode_return: float) -> float:
+    """100 (return - random) / (expert - random), the field's normalisation (Fu et al. 2020; OMAR's constants)."""
+    expert, random = NORMALISATION[scenario]
+    return 100 * (episode_return - random) / (expert - random)
+
+
+def paper_result(scenario: str, dataset: str, shift: str, algorithm: str = "DOM2") -> tuple[float, float] | None:
+    """Mean and std of the episode return that the paper's Tables 1-4 report, or None where they have no such cell."""
+    cell = {"scenario": scenario, "dataset": dataset, "shift": shift, "algorithm": algorithm}
+    with open(ROOT / "results" / "paper.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            if all(row[k] == v for k, v in cell.items()):
+                return float(row["mean_return"]), float(row["std_return"])
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Frozen policies: the prey of predator-prey and World, and the behaviour policies that made the data
+
+
+def load_torch(path: Path):
+    """torch.load without running code from the file; a UserError if it is missing or not such a file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); restore or delete it") from None
+
+
+def load_prey(path: str | Path, obs_size: int, device) -> dict[str, Tensor]:
+    """The frozen prey of a checkpoint laid out as OMAR's `pretrained_adv_model.pt`: the last of `agent_params`.
+
+    Raises:
+        UserError: missing or unreadable, not of that layout, or of another observation size.
+    """
+    path = Path(path)
+    checkpoint = load_torch(path)
+    try:
+        params = {
+            name: value.to(device, torch.float32) for name, value in checkpoint["agent_params"][-1]["policy"].items()
+        }
+        policy_action(params, torch.zeros(1, obs_size, device=device))
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError):
+        raise UserError(
+            f"{path}: holds no prey policy for observations of size {obs_size} (expected agent_params[-1]['policy'] "
+            "with fc1, fc2, fc3); pass the pretrained_adv_model.pt of this scenario as --prey"
+        ) from None
+    return params
+
+
+def policy_action(params: dict[str, Tensor], obs: Tensor) -> Tensor:
+    """A frozen deterministic policy, the one OMAR's checkpoints hold: obs [..., d] -> action [..., 2] in [-1, 1].
+
+    `params` is a state dict of three linear layers fc1, fc2, fc3 (ReLU, ReLU, tanh) and, optionally, of a BatchNorm1d
+    `in_fn` on the input, used in evaluation mode.
+    """
+    x = obs
+    if "in_fn.running_mean" in params:
+        x = (x - params["in_fn.running_mean"]) / (params["in_fn.running_var"] + 1e-5).sqrt()
+        x = x * params["in_fn.weight"] + params["in_fn.bias"]
+    x = F.relu(F.linear(x, params["fc1.weight"], params["fc1.bias"]))
+    x = F.relu(F.linear(x, params["fc2.weight"], params["fc2.bias"]))
+    return torch.tanh(F.linear(x, params["fc3.weight"], params["fc3.bias"]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+@dataclass
+class Dataset:
+    """A data set in memory. T transitions in whole episodes of `episode_steps`, n agents."""
+
+    rows: Tensor  # [n, T, 2 d + A + 2]: obs, action, reward, next_obs, done of each transition side by side
+    returns: Tensor  # [episodes] team return: mean over agents of the sum of rewards
+    path: Path
+
+
+FILES = ("obs", "acs", "rews", "next_obs", "dones")
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes, as `sha256sum` prints it."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def dataset_path(data_dir: str | Path, scenario: str, dataset: str) -> Path:
+    """Folder of the arrays, in the layout of the OMAR data sets."""
+    return Path(data_dir) / scenario / dataset / "seed_0_data"
+
+
+def load_dataset(
+    data_dir: str | Path,
+    scenario: str,
+    dataset: str,
+    obs_size: int,
+    action_size: int,
+    num_agents: int,
+    episode_steps: int,
+) -> Dataset:
+    """Load and check `<data_dir>/<scenario>/<dataset>/seed_0_data/{obs,acs,rews,next_obs,dones}_<agent>.npy`.
+
+    Any float type is accepted and becomes float32. Where there is a `metadata.json` its scenario, sizes and checksums
+    are compared; data sets from elsewhere come without and get every other check.
+
+    Raises:
+        UserError: a file is missing, damaged, of another shape than its neighbours or the scenario, or not finite.
+    """
+    path = dataset_path(data_dir, scenario, dataset)
+    remedy = "the data set is damaged; delete its folder and run collect_datasets.py again, or copy it again"
+    metadata = {}
+    if (path / "metadata.json").exists():
+        try:
+            metadata = json.loads((path / "metadata.json").read_text())
+            recorded = (metadata["scenario"], metadata["dataset"])
+            checksums = dict(metadata["checksums"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path / 'metadata.json'}: not readable; {remedy}") from None
+        if recorded != (scenario, dataset):
+            raise UserError(f"{path}: metadata.json says {recorded[0]}/{recorded[1]}; {remedy}")
+    rows, length, first = None, None, None
+    for agent in range(num_agents):
+        columns, widths = [], (obs_size, action_size, 1, obs_size, 1)
+        for name, width in zip(FILES, widths, strict=True):
+            file = path / f"{name}_{agent}.npy"
+            if not file.is_file():
+                raise UserError(f"{file}: missing; {remedy}")
+            if metadata and file_checksum(file) != checksums.get(file.name):
+                raise UserError(f"{file}: differs from its checksum in metadata.json; {remedy}")
+            try:
+                array = np.load(file, allow_pickle=False)
+            except (ValueError, EOFError, OSError):
+                raise UserError(f"{file}: truncated or not a plain .npy array; {remedy}") from None
+            if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+                raise UserError(f"{file}: holds {array.dtype}, not numbers; {remedy}")
+            if array.ndim == 1 and width == 1:
+                array = array[:, None]
+            if array.ndim != 2 or array.shape[1] != width:
+                shape = tuple(array.shape)
+                raise UserError(f"{file}: has shape {shape}, {scenario} needs [T, {width}]; is it another scenario's?")
+            if length is None:
+                length, first = len(array), file.name
+            if len(array) != length:
+                raise UserError(f"{path}: {file.name} has {len(array)} rows, {first} {length}; {remedy}")
+            columns.append(array)
+        if length == 0 or length % episode_steps:
+            raise UserError(f"{path}: {length} rows are no whole number of {episode_steps}-step episodes; {remedy}")
+        if rows is None:
+            rows = torch.empty(num_agents, length, 2 * obs_size + action_size + 2)
+        start = 0
+        for name, array in zip(FILES, columns, strict=True):
+            block = rows[agent, :, start : start + array.shape[1]]
+            block.copy_(torch.from_numpy(array))
+            start += array.shape[1]
+            if not torch.isfinite(block).all():
+                raise UserError(f"{path / f'{name}_{agent}.npy'}: holds NaN or infinity; {remedy}")
+    rewards = rows[:, :, obs_size + action_size].double().mean(0)  # [T]
+    return Dataset(rows, rewards.view(-1, episode_steps).sum(1).float(), path)

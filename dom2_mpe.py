@@ -1,0 +1,952 @@
+"""DOM2 (Diffusion Offline Multi-agent Model) on the particle environments, in one file.
+
+Every agent has its own diffusion policy and its own twin critics and learns from its own column of a fixed data set:
+training and execution are decentralised. The paper (arXiv 2307.01472) in the order of this file:
+
+    NoiseSchedule, dpm_solver                Sec. 4.1, Eq. 4     an action is Gaussian noise, denoised in a few steps
+    ResidualNoiseNet, MLPNoiseNet            Figure 8, Sec. 5.4  the noise network and its ablation
+    critic_loss                              Eq. 1               TD error + conservative (CQL) term
+    diffusion_loss, q_loss                   Eq. 3, Eq. 5        stay near the data + prefer high Q
+    augment                                  Algorithm 1         replicate high-return trajectories
+    train                                    Algorithm 2
+
+    python dom2_mpe.py --scenario simple_tag --dataset random            # trains, then prints the table
+    python dom2_mpe.py --scenario simple_tag --dataset random --eta 0    # the diffusion policy alone: cloning
+    python dom2_mpe.py --help
+
+All learners train at once: a learner is one agent of one random seed, and every parameter, batch and loss has a
+leading learner axis. A linear layer of L learners is one batched matrix product, Algorithm 2's loop over agents
+disappears, and no learner's gradient touches another's. In shapes: L learners (seed-major: seed 0's agents first), S
+seeds, n agents, B minibatch, A = 2 action entries, d observation entries, K actions per observation, N denoising steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+from common import UserError
+from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
+
+
+@dataclass
+class Args:
+    scenario: str = "simple_tag"
+    """simple_spread (cooperative navigation), simple_tag (predator-prey) or simple_world"""
+    dataset: str = "random"
+    """random, random-medium, medium-replay, medium, medium-expert or expert"""
+    data_dir: str = "datasets"
+    """folder of the data sets; one that is missing there is made first"""
+    data_fraction: float = 1.0
+    """share of the data set's trajectories to learn from, in (0, 1]"""
+    prey: str | None = None
+    """frozen prey of simple_tag and simple_world; default: pretrained/; for data from elsewhere give theirs"""
+    seed: int = 0
+    """seed of the first of the runs, and of everything random"""
+    num_seeds: int = 1
+    """independent runs S, trained side by side in one program"""
+
+    updates: int | None = None
+    """gradient updates T of Algorithm 2; None here and below: from SETTINGS"""
+    batch_size: int = 256
+    """transitions per learner and update"""
+    actor_lr: float | None = None
+    """Adam's learning rate of the diffusion policies"""
+    critic_lr: float | None = None
+    """Adam's learning rate of the critics"""
+    gamma: float = 0.95
+    """discount factor; the 25-step limit is not a terminal state"""
+    rho: float = 0.01
+    """target networks move by this share of the difference each update (Algorithm 2, line 8)"""
+    eta: float | None = None
+    """weight of the Q-loss in Eq. 5; 0 is behaviour cloning with a diffusion policy"""
+    bc_weight: float = 1.0
+    """weight of the diffusion loss in Eq. 5"""
+    zeta: float | None = None
+    """weight of the conservative term in Eq. 1; 0 turns it off"""
+    reward_scale: float = 1.0
+    """scale of the rewards after they have been standardised over the data set (mean 0, standard deviation 1)"""
+    max_grad_norm: float = 0.0
+    """largest gradient norm per learner and network; 0: no clipping"""
+
+    diffusion_steps: int = 5
+    """denoising steps N"""
+    beta_min: float = 0.1
+    """noise schedule: beta at diffusion time 0"""
+    beta_max: float = 10.0
+    """noise schedule: beta at diffusion time 1"""
+    prediction: str = "action"
+    """what the noise network predicts: the clean "action" through tanh, rewritten as a noise, or the "noise" itself"""
+    noise_net: str = "mlp"
+    """residual (the U-net-like one of Figure 8) or mlp (the ablation)"""
+    widths: tuple[int, ...] = (128, 128, 128)
+    """widths of the noise network's layers; of its downward half for residual"""
+    critic_widths: tuple[int, ...] = (256, 256)
+    """widths of the critics' hidden layers"""
+
+    thresholds: tuple[float, ...] | None = None
+    """returns r_th above which a trajectory is replicated (Algorithm 1); default: --quantiles of the data's returns"""
+    quantiles: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95, 0.99)
+    """quantiles of the data set's returns used as thresholds"""
+    no_augment: bool = False
+    """learn from the data set as it is"""
+
+    eval_interval: int = 1000
+    """updates between evaluations in the standard environment"""
+    eval_episodes: int = 1000
+    """episodes per seed of every evaluation"""
+    eval_candidates: int = 1
+    """actions sampled per decision in evaluation; above 1, the one with the highest Q acts"""
+    shift: str = "speed"
+    """shifted environment of the final evaluation: speed or none"""
+    cuda: bool = True
+    """use a GPU when there is one"""
+    compile: bool = False
+    """compile the update: torch.compile, on a GPU as a CUDA graph"""
+    run_dir: str = "runs"
+    """folder in which this run's folder is made"""
+    resume: str | None = None
+    """run folder to continue from its checkpoint"""
+    eval_only: str | None = None
+    """run folder whose checkpoint to evaluate without training"""
+    capture_video: bool = False
+    """write a GIF of the trained policy to the run folder"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+
+
+# What differs per scenario and data set, found by experiment (README, "Settings"). An option on the command line wins.
+SETTING_NAMES = ("updates", "actor_lr", "critic_lr", "eta", "zeta")
+SETTINGS = {
+    ("simple_spread", "random"): (16_000, 3e-4, 1e-3, 25.0, 0.0),
+}
+DEFAULT_SETTINGS = (16_000, 3e-4, 1e-3, 5.0, 0.2)
+
+
+def resolve(args: Args) -> Args:
+    """Fill the options left open from SETTINGS and check all of them.
+
+    Raises:
+        UserError: an option has no meaning.
+    """
+    common.check_choice("--scenario", args.scenario, SCENARIOS)
+    common.check_choice("--dataset", args.dataset, common.DATASETS)
+    common.check_choice("--shift", args.shift, ("speed", "none"))
+    common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
+    common.check_choice("--prediction", args.prediction, ("action", "noise"))
+    settings = dict(zip(SETTING_NAMES, SETTINGS.get((args.scenario, args.dataset), DEFAULT_SETTINGS), strict=True))
+    args = replace(args, **{name: value for name, value in settings.items() if getattr(args, name) is None})
+    for option in ("num_seeds", "updates", "batch_size", "diffusion_steps", "eval_interval", "eval_episodes"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least 1")
+    for option in ("eta", "zeta", "bc_weight", "max_grad_norm", "beta_min"):
+        if not 0 <= getattr(args, option) < math.inf:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be finite and not negative")
+    for option in ("data_fraction", "rho", "actor_lr", "critic_lr"):
+        if not 0 < getattr(args, option) <= 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be in (0, 1]")
+    if not 0 <= args.gamma < 1:
+        raise UserError(f"--gamma {args.gamma}: must be in [0, 1)")
+    if not args.beta_min < args.beta_max < math.inf:
+        raise UserError(f"--beta-max {args.beta_max}: must be finite and above --beta-min {args.beta_min}")
+    for option in ("widths", "critic_widths"):
+        if not getattr(args, option) or min(getattr(args, option)) < 1:
+            raise UserError(f"--{option.replace('_', '-')}: give at least one width, each at least 1")
+    if not all(0 <= q <= 1 for q in args.quantiles):
+        raise UserError("--quantiles: each must be in [0, 1]")
+    if args.eta == 0 and args.bc_weight == 0:
+        raise UserError("--eta 0 --bc-weight 0: nothing is left to learn from; give one of them a positive weight")
+    if args.eval_candidates < 1:
+        raise UserError(f"--eval-candidates {args.eval_candidates}: must be at least 1")
+    if args.eval_candidates > 1 and args.eta == 0:
+        raise UserError("--eval-candidates chooses by Q, but --eta 0 trains no critic; give --eta a positive weight")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Diffusion (Sec. 4.1)
+
+
+class NoiseSchedule:
+    """The forward process a_tau = alpha(tau) a_0 + sigma(tau) eps, eps ~ N(0, I): the linear variance-preserving SDE.
+
+    Diffusion time tau runs from 0 (a clean action) to 1 (nearly pure noise). With beta(tau) = beta_min + tau (beta_max
+    - beta_min), log alpha(tau) = -1/2 int_0^tau beta = -(beta_max - beta_min) / 4 tau^2 - beta_min / 2 tau, and
+    sigma^2 = 1 - alpha^2. A larger beta_max leaves less of the action at tau = 1 (alpha(1) = 0.0066 at 20, 0.08 at 10).
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 10.0):
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def log_alpha(self, t):
+        return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
+
+    def alpha(self, t):
+        """alpha(t) of a float or a tensor of diffusion times."""
+        return torch.exp(self.log_alpha(t)) if isinstance(t, Tensor) else math.exp(self.log_alpha(t))
+
+    def sigma(self, t):
+        """sigma(t) of a float or a tensor of diffusion times."""
+        if isinstance(t, Tensor):
+            return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
+        return math.sqrt(-math.expm1(2 * self.log_alpha(t)))
+
+
+def time_grid(num_steps: int) -> list[float]:
+    """Diffusion times tau_N = 1 > ... > tau_0 = 1e-3, uniform: N + 1 floats, in denoising order."""
+    return [1.0 + (1e-3 - 1.0) * i / num_steps for i in range(num_steps + 1)]
+
+
+def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int, clip: bool = False) -> Tensor:
+    """First-order DPM-Solver from tau = 1 to 1e-3: the corrected Eq. 4, (3.7) in Lu et al. (2022).
+
+    a_{i-1} = alpha_{i-1} / alpha_i a_i - sigma_{i-1} (alpha_{i-1} sigma_i / (alpha_i sigma_{i-1}) - 1) eps(a_i, tau_i)
+
+    The paper prints the second term with its indices swapped, which diverges. Differentiable through all steps.
+
+    Args:
+        noise_fn: eps(a, tau) of noisy actions [..., A] and one diffusion time (a float) -> [..., A].
+        noise: a_N ~ N(0, I), [..., A].
+        clip: clip the clean action that every step predicts to [-1, 1].
+    """
+    grid = time_grid(num_steps)
+    a = noise
+    for s, t in pairwise(grid):  # from tau_i = s to tau_{i-1} = t
+        alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
+        eps = noise_fn(a, s)
+        if clip:
+            a0 = ((a - sigma_s * eps) / alpha_s).clamp(-1, 1)
+            eps = (a - alpha_s * a0) / sigma_s
+        a = alpha_t / alpha_s * a - sigma_t * (alpha_t * sigma_s / (alpha_s * sigma_t) - 1) * eps
+    return a
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Networks. Every module holds L independent networks, one per learner.
+
+
+class StackedLinear(nn.Module):
+    """L independent linear layers as one batched matrix product, [L, B, in] -> [L, B, out]; nn.Linear's own start."""
+
+    def __init__(self, num_learners: int, in_features: int, out_features: int):
+        super().__init__()
+        bound = in_features**-0.5
+        self.weight = nn.Parameter(torch.empty(num_learners, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_learners, 1, out_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class TimeFeatures(nn.Module):
+    """Random Fourier features of diffusion time (scale 30), 32 numbers: [L, B] or a float -> [L, B or 1, 32]."""
+
+    def __init__(self, num_learners: int):
+        super().__init__()
+        self.register_buffer("frequency", torch.randn(num_learners, 1, 16) * 30)
+
+    def forward(self, t) -> Tensor:
+        angle = 2 * math.pi * self.frequency * (t[..., None] if isinstance(t, Tensor) else t)
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class MLPNoiseNet(nn.Module):
+    """The ablation's noise network: an MLP of the noisy action, the observation and the time features.
+
+    The observation's share of the first layer is the same in every denoising step: `embed` computes it once.
+    """
+
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths: tuple[int, ...]):
+        super().__init__()
+        self.time = TimeFeatures(num_learners)
+        self.obs_in = StackedLinear(num_learners, obs_size, widths[0])
+        self.time_in = StackedLinear(num_learners, 32, widths[0])
+        self.action_in = StackedLinear(num_learners, action_size, widths[0])
+        sizes = [*widths, action_size]
+        self.layers = nn.ModuleList(StackedLinear(num_learners, i, o) for i, o in pairwise(sizes))
+
+    def embed(self, obs: Tensor) -> Tensor:
+        return self.obs_in(obs)
+
+    def forward(self, a: Tensor, obs_embedding: Tensor, t) -> Tensor:
+        x = self.action_in(a) + obs_embedding + self.time_in(self.time(t))
+        for layer in self.layers:
+            x = layer(F.silu(x))
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """Two layers with the condition added between them, and a skip connection: [L, B, in] -> [L, B, out]."""
+
+    def __init__(self, num_learners: int, in_size: int, out_size: int, condition_size: int):
+        super().__init__()
+        self.dense1 = StackedLinear(num_learners, in_size, out_size)
+        self.dense2 = StackedLinear(num_learners, out_size, out_size)
+        self.condition = StackedLinear(num_learners, condition_size, out_size)
+        self.skip = StackedLinear(num_learners, in_size, out_size) if in_size != out_size else nn.Identity()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = F.silu(self.dense1(x)) + self.condition(condition)
+        return F.silu(self.dense2(h)) + self.skip(x)
+
+
+class ResidualNoiseNet(nn.Module):
+    """Figure 8's noise network, "resembling U-Net" after SfBC (Chen et al. 2022): residual blocks that narrow to a
+    middle block and widen again, each upward block also fed with its downward counterpart's output. A condition made of
+    the observation's and the time's embeddings enters every block. `widths` are those of the downward half.
+    """
+
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths: tuple[int, ...]):
+        super().__init__()
+        L, c = num_learners, 128
+        self.time = TimeFeatures(L)
+        self.obs_in = StackedLinear(L, obs_size, 32)
+        self.obs_condition = StackedLinear(L, 32, c)
+        self.time_condition = StackedLinear(L, 32, c)
+        self.condition = StackedLinear(L, c, c)
+        sizes = [action_size, *widths]
+        self.down = nn.ModuleList(ResidualBlock(L, i, o, c) for i, o in pairwise(sizes))
+        self.middle = ResidualBlock(L, widths[-1], widths[-1], c)
+        up = list(reversed(widths))  # an upward block takes the block before it and the skip of equal width
+        self.up = nn.ModuleList(ResidualBlock(L, 2 * i, o, c) for i, o in pairwise(up))
+        self.out = StackedLinear(L, 2 * widths[0], action_size)
+
+    def embed(self, obs: Tensor) -> Tensor:
+        return self.obs_condition(F.silu(self.obs_in(obs)))  # constant along the denoising chain
+
+    def forward(self, a: Tensor, obs_embedding: Tensor, t) -> Tensor:
+        condition = F.silu(self.condition(F.silu(obs_embedding + self.time_condition(self.time(t)))))
+        skips, x = [], a
+        for block in self.down:
+            x = block(x, condition)
+            skips.append(x)
+        x = self.middle(x, condition)
+        for block in self.up:
+            x = block(torch.cat([x, skips.pop()], -1), condition)
+        return self.out(torch.cat([x, skips.pop()], -1))
+
+
+NOISE_NETS = {"residual": ResidualNoiseNet, "mlp": MLPNoiseNet}
+
+
+class DiffusionPolicy(nn.Module):
+    """pi_theta_j(a | o) of every learner: a noise network and the solver that turns noise into an action.
+
+    With prediction="noise" the network's output is eps_theta. With prediction="action" it is a clean action a0 =
+    tanh(f), and eps_theta = (a - alpha a0) / sigma is the noise that this means: the same family of noise functions and
+    the same solver, but every predicted action lies in the action box, and at its border gradients do not vanish.
+    """
+
+    def __init__(self, net: nn.Module, schedule: NoiseSchedule, num_steps: int, prediction: str = "action"):
+        super().__init__()
+        self.net, self.schedule, self.num_steps, self.prediction = net, schedule, num_steps, prediction
+
+    def noise(self, a: Tensor, obs_embedding: Tensor, t: float) -> Tensor:
+        """eps_theta(a, o, tau): a [L, B, A], tau a float -> [L, B, A]."""
+        f = self.net(a, obs_embedding, t)
+        if self.prediction == "noise":
+            return f
+        return (a - self.schedule.alpha(t) * torch.tanh(f)) / self.schedule.sigma(t)
+
+    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Denoise: observations [L, B, d] and Gaussian noise [L, B, A] -> actions [L, B, A] in [-1, 1]."""
+        embedding = self.net.embed(obs)
+        a = dpm_solver(
+            lambda a, t: self.noise(a, embedding, t), noise, self.schedule, self.num_steps, self.prediction == "noise"
+        )
+        return a.clamp(-1, 1)
+
+
+class TwinCritic(nn.Module):
+    """Q_phi^1 and Q_phi^2 of every learner: obs [L, B, d], actions [L, B, K, A] -> [L, 2, B, K].
+
+    Parameters have leading axis 2 L, learner-major. The observation's share of the first layer is computed once for
+    all K actions.
+    """
+
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths: tuple[int, ...]):
+        super().__init__()
+        L = 2 * num_learners
+        self.obs_in = StackedLinear(L, obs_size, widths[0])
+        self.action_in = StackedLinear(L, action_size, widths[0])
+        sizes = [*widths, 1]
+        self.layers = nn.ModuleList(StackedLinear(L, i, o) for i, o in pairwise(sizes))
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        L, B, K, A = actions.shape
+        twice = torch.arange(2 * L, device=obs.device) // 2
+        x = self.action_in(actions.reshape(L, B * K, A)[twice]).view(2 * L, B, K, -1)
+        x = (x + self.obs_in(obs[twice])[:, :, None]).flatten(1, 2)  # [2 L, B * K, H]
+        for layer in self.layers:
+            x = layer(F.relu(x))
+        return x.view(L, 2, B, K)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Losses, one number per learner: [L]. Their sum has each learner's own gradient.
+
+
+class Batch(NamedTuple):
+    """A minibatch per learner, and every random number that its update needs."""
+
+    obs: Tensor  # [L, B, d]
+    action: Tensor  # [L, B, A]
+    reward: Tensor  # [L, B]
+    next_obs: Tensor  # [L, B, d]
+    target_noise: Tensor  # [L, B, A], starts the target policy's chain
+    random_actions: Tensor  # [L, B, 10, A], uniform in [-1, 1]
+    tau: Tensor  # [L, B], diffusion times of Eq. 3
+    eps: Tensor  # [L, B, A], noise of Eq. 3
+    policy_noise: Tensor  # [L, B, A], starts the policy's chain
+
+
+def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float, zeta: float):
+    """Eq. 1, summed over the twin critics: TD error plus zeta times the conservative term.
+
+    (r + gamma min_k Qbar_k(o', pibar(o')) - Q(o, a))^2 + zeta (log sum_{10 uniform a~} exp Q(o, a~) - Q(o, a))
+
+    Returns:
+        loss [L], and a dict of metrics [L].
+    """
+    with torch.no_grad():
+        next_action = target_policy(batch.next_obs, batch.target_noise)
+        next_q = target_critic(batch.next_obs, next_action[:, :, None]).amin(1)[..., 0]  # [L, B]
+        target = (batch.reward + gamma * next_q)[:, None]  # [L, 1, B]
+    actions = batch.action[:, :, None]
+    if zeta > 0:
+        actions = torch.cat([actions, batch.random_actions], 2)  # [L, B, 11, A]
+    q = critic(batch.obs, actions)  # [L, 2, B, 1 or 11]
+    td = (target - q[..., 0]).square().mean(-1).sum(1)
+    metrics = {"losses/td": td.detach(), "charts/q_data": q[..., 0].detach().mean((1, 2))}
+    if zeta == 0:
+        return td, metrics
+    conservative = (q[..., 1:].logsumexp(-1) - q[..., 0]).mean(-1).sum(1)
+    metrics["losses/conservative"] = conservative.detach()
+    metrics["charts/q_random"] = q[..., 1:].detach().mean((1, 2, 3))
+    return td + zeta * conservative, metrics
+
+
+def diffusion_loss(policy: DiffusionPolicy, batch: Batch) -> Tensor:
+    """Eq. 3, [L]: squared error of the predicted noise, tau uniform over the solver's grid.
+
+    With prediction="action" the squared error of the clean action instead: Eq. 3 with each tau weighted by
+    (sigma / alpha)^2, since eps - eps_theta = alpha / sigma (a0_theta - a0).
+    """
+    tau = batch.tau[..., None]
+    noisy = policy.schedule.alpha(tau) * batch.action + policy.schedule.sigma(tau) * batch.eps
+    f = policy.net(noisy, policy.net.embed(batch.obs), batch.tau)
+    error = f - batch.eps if policy.prediction == "noise" else torch.tanh(f) - batch.action
+    return error.square().sum(-1).mean(-1)
+
+
+def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float):
+    """The Q-loss of Eq. 5: -eta E[Q(o, pi(o))] / E[abs(Q(o, a))], through all denoising steps.
+
+    The paper prints the normaliser without abs: a negative mean Q would flip the objective's sign. It is a constant for
+    the gradient. Q is the first of the twins, as in TD3.
+
+    Returns:
+        loss [L], and a dict of metrics [L].
+    """
+    action = policy(batch.obs, batch.policy_noise)
+    q = critic(batch.obs, torch.stack([batch.action, action], 2))[:, 0]  # [L, B, 2]
+    scale = q[..., 0].detach().abs().mean(-1)
+    loss = -eta * q[..., 1].mean(-1) / scale
+    saturated = (action.detach().abs() > 0.99).float().mean((1, 2))
+    return loss, {"charts/q_policy": q[..., 1].detach().mean(-1), "charts/saturation": saturated}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data augmentation (Sec. 4.3)
+
+
+def augment(returns: Tensor, thresholds) -> Tensor:
+    """Algorithm 1: indices of the trajectories, each once and once more for every threshold that its return reaches.
+
+    Sampling these indices uniformly samples trajectory i with weight 1 + #{r_th <= returns[i]}; no data are copied.
+
+    Args:
+        returns: [episodes]. thresholds: K floats.
+
+    Returns:
+        int64 indices [episodes + replicas].
+    """
+    everything = torch.arange(len(returns))
+    return torch.cat([everything, *(everything[returns >= r] for r in thresholds)])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training (Algorithm 2)
+
+
+def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
+    """Policies, critics and their target copies, all with a leading learner axis (Algorithm 2, line 1)."""
+
+    def policy():
+        net = NOISE_NETS[args.noise_net](num_learners, obs_size, action_size, args.widths)
+        schedule = NoiseSchedule(args.beta_min, args.beta_max)
+        return DiffusionPolicy(net, schedule, args.diffusion_steps, args.prediction)
+
+    def critic():
+        return TwinCritic(num_learners, obs_size, action_size, args.critic_widths)
+
+    learners = nn.ModuleDict(
+        {"policy": policy(), "critic": critic(), "target_policy": policy(), "target_critic": critic()}
+    )
+    for name in ("policy", "critic"):
+        learners[f"target_{name}"].load_state_dict(learners[name].state_dict())
+        learners[f"target_{name}"].requires_grad_(False)
+    return learners.to(device)
+
+
+def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
+    """Adam is elementwise: on stacked parameters it is one Adam per learner."""
+    lr = {"policy": args.actor_lr, "critic": args.critic_lr}
+    return {name: torch.optim.Adam(learners[name].parameters(), lr[name], fused=True) for name in lr}
+
+
+def clip_gradients(module: nn.Module, num_learners: int, max_norm: float) -> None:
+    """Scale each learner's gradient of a stacked module to a norm of at most `max_norm`."""
+    grads = [p.grad.view(num_learners, -1) for p in module.parameters()]
+    norm = sum(g.square().sum(1) for g in grads).sqrt()  # [L]
+    scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(scale[:, None])
+
+
+def soft_update(target: nn.Module, source: nn.Module, rho: float) -> None:
+    """Algorithm 2, line 8: target <- rho source + (1 - rho) target."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rho)
+
+
+def standardise_rewards(rows: Tensor, obs_size: int, scale: float) -> None:
+    """In place: rewards of all agents to mean 0 and standard deviation `scale`.
+
+    Without terminal states a constant added to every reward adds the same to every Q-value: no policy gains by it, but
+    the critics need not learn a large offset, and E[abs(Q)], Eq. 5's normaliser, measures how much states differ.
+    """
+    reward = rows[:, :, -obs_size - 2]
+    mean, std = reward.double().mean(), reward.double().std()
+    reward.sub_(mean.float()).mul_((scale / std.clamp(min=1e-8)).float())
+
+
+def sample_batch(rows: Tensor, episodes: Tensor, args: Args, num_learners: int, obs_size: int) -> Batch:
+    """Algorithm 2, line 5: independent minibatches for all learners, and the random numbers of their update.
+
+    Args:
+        rows: [n, T, W] as in common.Dataset. episodes: indices of (replicated) trajectories from `augment`.
+    """
+    n, T, W = rows.shape
+    L, B, A = num_learners, args.batch_size, W - 2 * obs_size - 2
+    device = rows.device
+    episode = episodes[torch.randint(len(episodes), (L, B), device=device)]
+    step = torch.randint(EPISODE_STEPS, (L, B), device=device)
+    agent = torch.arange(L, device=device)[:, None] % n
+    index = agent * T + episode * EPISODE_STEPS + step
+    batch = rows.view(n * T, W).index_select(0, index.flatten()).view(L, B, W)
+    obs, action, reward, next_obs, _ = batch.split([obs_size, A, 1, obs_size, 1], -1)
+    grid = torch.tensor(time_grid(args.diffusion_steps), device=device)
+    return Batch(
+        obs=obs,
+        action=action,
+        reward=reward[..., 0],
+        next_obs=next_obs,
+        target_noise=torch.randn(L, B, A, device=device),
+        random_actions=torch.rand(L, B, 10, A, device=device) * 2 - 1,
+        tau=grid[torch.randint(len(grid), (L, B), device=device)],
+        eps=torch.randn(L, B, A, device=device),
+        policy_noise=torch.randn(L, B, A, device=device),
+    )
+
+
+def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """Algorithm 2, lines 6-8, for all learners at once. Returns metrics, each [L]."""
+    L = len(batch.obs)
+    metrics = {}
+    if args.eta > 0:
+        loss, metrics = critic_loss(
+            learners["critic"], learners["target_critic"], learners["target_policy"], batch, args.gamma, args.zeta
+        )
+        optimizers["critic"].zero_grad()
+        loss.sum().backward()
+        if args.max_grad_norm > 0:
+            clip_gradients(learners["critic"], L, args.max_grad_norm)
+        optimizers["critic"].step()
+
+    bc = diffusion_loss(learners["policy"], batch)
+    metrics["losses/diffusion"] = bc.detach()
+    loss = args.bc_weight * bc
+    if args.eta > 0:
+        learners["critic"].requires_grad_(False)  # Eq. 5 is minimised over theta alone
+        q, q_metrics = q_loss(learners["policy"], learners["critic"], batch, args.eta)
+        learners["critic"].requires_grad_(True)
+        loss = loss + q
+        metrics |= q_metrics | {"losses/q": q.detach()}
+    optimizers["policy"].zero_grad()
+    loss.sum().backward()
+    if args.max_grad_norm > 0:
+        clip_gradients(learners["policy"], L, args.max_grad_norm)
+    optimizers["policy"].step()
+
+    soft_update(learners["target_policy"], learners["policy"], args.rho)
+    if args.eta > 0:
+        soft_update(learners["target_critic"], learners["critic"], args.rho)
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def act(learners: nn.ModuleDict, obs: Tensor, num_candidates: int, generator: torch.Generator) -> Tensor:
+    """Sample actions: obs [L, E, d] -> [L, E, A]; the best by Q of `num_candidates` where that is above 1."""
+    L, E, _ = obs.shape
+    K, A = num_candidates, learners["critic"].action_in.weight.shape[1]
+    noise = torch.randn(L, E * K, A, generator=generator, device=obs.device)
+    actions = learners["policy"](obs.repeat_interleave(K, 1), noise).view(L, E, K, A)
+    if K == 1:
+        return actions[:, :, 0]
+    best = learners["critic"](obs, actions).amin(1).argmax(-1)  # [L, E]
+    return actions.take_along_dim(best[..., None, None], 2)[:, :, 0]
+
+
+@torch.no_grad()
+def rollout(learners, args: Args, env: ParticleEnv, prey: dict | None, on_step=None) -> Tensor:
+    """Play one episode in every world of `env`, worlds shared out over the S seeds' teams: team returns [S, E]."""
+    S, n = args.num_seeds, env.spec.num_controlled
+    E = env.num_envs // S
+    generator = torch.Generator(env.device).manual_seed(args.seed + 20_000)
+    obs, returns = env.reset(), torch.zeros(env.num_envs, device=env.device)
+    for _ in range(EPISODE_STEPS):
+        if on_step is not None:
+            on_step()
+        x = torch.stack(obs[:n], 1).view(S, E, n, -1).transpose(1, 2).flatten(0, 1)  # [L, E, d], seed-major
+        actions = act(learners, x, args.eval_candidates, generator)
+        actions = actions.view(S, n, E, -1).transpose(1, 2).flatten(0, 1)  # [S * E, n, A]
+        if prey is not None:
+            actions = torch.cat([actions, common.policy_action(prey, obs[n])[:, None]], 1)
+        obs, rewards = env.step(actions)
+        returns += env.score(rewards)
+    return returns.view(S, E)
+
+
+def evaluate(learners, args: Args, shift: str, prey: dict | None, device) -> Tensor:
+    """Mean return of each seed's team over `eval_episodes` episodes, [S], on the CPU.
+
+    The first states depend on `args.seed` and the shift alone, so every algorithm meets the same ones.
+    """
+    env = ParticleEnv(args.scenario, args.num_seeds * args.eval_episodes, shift, device, seed=args.seed + 10_000)
+    return rollout(learners, args, env, prey).mean(1).cpu()
+
+
+def diversity(learners: nn.ModuleDict, rows: Tensor, obs_size: int) -> Tensor:
+    """Spread of the action over the chain's noise, its std averaged over 256 observations, [L]; 0: collapsed."""
+    policy, n = learners["policy"], len(rows)
+    L = policy.net.obs_in.weight.shape[0]
+    obs = rows[torch.arange(L) % n, :: max(1, rows.shape[1] // 256), :obs_size][:, :256]
+    with torch.no_grad(), torch.random.fork_rng():
+        actions = [policy(obs, torch.randn(L, obs.shape[1], 2, device=rows.device)) for _ in range(16)]
+    return torch.stack(actions).std(0).mean((1, 2))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def save_checkpoint(path: Path, args: Args, updates: int, learners, optimizers, prey) -> None:
+    """Everything that continuing bit for bit needs, written beside the old checkpoint and then put in its place."""
+    checkpoint = {
+        "args": asdict(args),
+        "updates": updates,
+        "learners": learners.state_dict(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+        "prey": prey,
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    torch.save(checkpoint, path / "checkpoint.tmp")
+    os.replace(path / "checkpoint.tmp", path / "checkpoint.pt")
+
+
+def load_checkpoint(run: str | Path) -> tuple[Args, dict]:
+    """Options and contents of a run folder's checkpoint.
+
+    Raises:
+        UserError: there is none, or it is damaged or another program's.
+    """
+    path = Path(run) / "checkpoint.pt"
+    checkpoint = common.load_torch(path)
+    try:
+        return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}), checkpoint
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not a checkpoint of dom2_mpe.py; give a run folder that this script wrote") from None
+
+
+def restore(learners: nn.ModuleDict, checkpoint: dict, run: str | Path) -> None:
+    try:
+        learners.load_state_dict(checkpoint["learners"])
+    except (KeyError, RuntimeError):
+        raise UserError(f"{run}/checkpoint.pt: its networks do not fit its options; the file is damaged") from None
+
+
+def load_policy(run: str | Path, seed_index: int = 0):
+    """A trained policy as a function from PettingZoo observations to actions, both dicts by agent name.
+
+    The agents of one seed act, and with them the frozen prey where the scenario has one.
+
+    Raises:
+        UserError: no such run, or a damaged one.
+    """
+    args, checkpoint = load_checkpoint(run)
+    spec = SCENARIOS[args.scenario]
+    n = spec.num_controlled
+    obs_size = ParticleEnv(args.scenario, 1).obs_sizes[0]
+    learners = make_learners(args, n, obs_size, 2, "cpu")
+    # the learner axis is seed-major: cut out this seed's agents
+    chosen = {k: v.unflatten(0, (args.num_seeds, -1))[seed_index] for k, v in checkpoint["learners"].items()}
+    restore(learners, {"learners": chosen}, run)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def policy(observations: dict) -> dict:
+        obs = [torch.as_tensor(observations[name]) for name in spec.agents]
+        actions = act(learners, torch.stack(obs[:n])[:, None], args.eval_candidates, generator)[:, 0]
+        if checkpoint["prey"] is not None:
+            actions = torch.cat([actions, common.policy_action(checkpoint["prey"], obs[n])[None]])
+        return dict(zip(spec.agents, actions.numpy(), strict=True))
+
+    return policy
+
+
+def new_run_dir(args: Args) -> Path:
+    """Make and return a folder that no other run has, also when two start in the same second."""
+    name = f"{args.scenario}-{args.dataset}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
+        path = Path(args.run_dir) / (name + suffix)
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+    raise UserError(f"--run-dir {args.run_dir}: holds too many runs of this second")
+
+
+def train(args: Args) -> dict:
+    """Algorithm 2, then the final evaluation. Returns the results that `results.json` of the run folder holds.
+
+    Raises:
+        UserError: an option, the data set or a checkpoint does not fit, or the losses are no longer finite.
+    """
+    started = time.time()
+    checkpoint = None
+    if args.resume or args.eval_only:
+        run = Path(args.resume or args.eval_only)
+        stored, checkpoint = load_checkpoint(run)
+        if args.eval_only:  # how to evaluate is this command's, what was trained the checkpoint's
+            names = ("eval_episodes", "eval_candidates", "shift", "cuda", "capture_video", "data_dir")
+            stored = replace(stored, **{name: getattr(args, name) for name in names})
+        args = resolve(replace(stored, resume=args.resume, eval_only=args.eval_only))
+    else:
+        args = resolve(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    env = ParticleEnv(args.scenario, 1)
+    obs_size, action_size, n = env.obs_sizes[0], 2, env.spec.num_controlled
+    num_learners = args.num_seeds * n
+    if checkpoint is not None:
+        prey = checkpoint["prey"]
+    elif env.num_agents > n:
+        prey = common.load_prey(
+            args.prey or common.ROOT / "pretrained" / f"{args.scenario}.pt", env.obs_sizes[n], device
+        )
+    else:
+        prey = None
+
+    if not common.dataset_path(args.data_dir, args.scenario, args.dataset).parent.exists():
+        import collect_datasets  # only when it is needed
+
+        collect_datasets.collect(args.scenario, args.dataset, data_dir=args.data_dir)
+    data = common.load_dataset(args.data_dir, args.scenario, args.dataset, obs_size, action_size, n, EPISODE_STEPS)
+    torch.manual_seed(args.seed)
+    num_episodes = len(data.returns)
+    kept = torch.randperm(num_episodes)[: max(1, round(args.data_fraction * num_episodes))]
+    if args.data_fraction == 1:
+        kept = torch.arange(num_episodes)
+    returns = data.returns[kept]
+    thresholds = ()
+    if not args.no_augment:
+        thresholds = args.thresholds or torch.quantile(returns, torch.tensor(args.quantiles)).tolist()
+    episodes = kept[augment(returns, thresholds)].to(device)  # Algorithm 2, line 2
+    rows = data.rows.to(device)
+    standardise_rewards(rows, obs_size, args.reward_scale)
+
+    learners = make_learners(args, num_learners, obs_size, action_size, device)
+    optimizers = make_optimizers(args, learners)
+    first_update = 0
+    if checkpoint is not None:
+        restore(learners, checkpoint, run)
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(checkpoint["optimizers"][name])
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        first_update = checkpoint["updates"]
+    else:
+        run = new_run_dir(args)
+        (run / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+
+    if not args.eval_only:
+        print(f"{args.scenario}/{args.dataset}: {num_learners} learners ({args.num_seeds} seeds x {n} agents), {run}")
+        fit(args, learners, optimizers, rows, episodes, prey, first_update, run)
+
+    results = {
+        "algorithm": "dom2" if args.eta > 0 else "bc",
+        "scenario": args.scenario,
+        "dataset": args.dataset,
+        "num_seeds": args.num_seeds,
+        "updates": args.updates,
+        "eval_episodes": args.eval_episodes,
+        "returns": {
+            shift: evaluate(learners, args, shift, prey, device).tolist()
+            for shift in dict.fromkeys(("none", args.shift))
+        },
+        "data": {
+            "mean": data.returns.mean().item(),
+            "std": data.returns.std().item(),
+            "max": data.returns.max().item(),
+            "transitions": data.rows.shape[1],
+        },
+        "settings": asdict(args),
+        "hardware": hardware(device),
+        "seconds": round(time.time() - started, 1),
+        "command": "python " + " ".join(sys.argv),
+        "commit": git_commit(),
+    }
+    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print_table(results)
+    if args.capture_video:
+        print(f"wrote {write_gif(learners, args, prey, run / 'policy.gif')}")
+    print(f"results, checkpoint and TensorBoard events: {run}")
+    return results
+
+
+def fit(args, learners, optimizers, rows, episodes, prey, first_update: int, run: Path) -> None:
+    """The loop of Algorithm 2, with its progress bar, logging, evaluations and checkpoints."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help needs none of it
+
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--track: wandb is not installed; run `pip install wandb`") from None
+        wandb.init(project="dom2", name=run.name, config=asdict(args), sync_tensorboard=True)
+    device, L = rows.device, args.num_seeds * len(rows)
+    obs_size = learners["policy"].net.obs_in.weight.shape[1]
+
+    def step():
+        return update(learners, optimizers, sample_batch(rows, episodes, args, L, obs_size), args)
+
+    if args.compile:
+        step = torch.compile(step)
+    writer = SummaryWriter(run, purge_step=first_update + 1)
+    bar = tqdm(total=args.updates, initial=first_update, unit="update", dynamic_ncols=True)
+    for u in range(first_update + 1, args.updates + 1):
+        metrics = step()
+        bar.update()
+        if u % 100 == 0 or u == args.updates:
+            for tag, value in metrics.items():
+                if not torch.isfinite(value).all():
+                    learner = int((~torch.isfinite(value)).nonzero()[0])
+                    raise UserError(
+                        f"update {u}: {tag} of seed {args.seed + learner // len(rows)}, agent {learner % len(rows)} is "
+                        f"not finite; continue from the last checkpoint in {run} or lower the learning rates"
+                    )
+                writer.add_scalar(tag, value.mean().item(), u)
+        if u % args.eval_interval == 0 or u == args.updates:
+            score = evaluate(learners, args, "none", prey, device)
+            writer.add_scalar("charts/episodic_return", score.mean().item(), u)
+            normalised = common.normalised_score(args.scenario, score.mean().item())
+            writer.add_scalar("charts/normalised_score", normalised, u)
+            spread = diversity(learners, rows, obs_size).mean().item()
+            writer.add_scalar("charts/action_std", spread, u)
+            bar.set_postfix_str(f"return {score.mean():.1f}, normalised {normalised:.1f}")
+            bar.refresh()
+            save_checkpoint(run, args, u, learners, optimizers, prey)
+    bar.close()
+    writer.close()
+
+
+def print_table(results: dict) -> None:
+    """The closing table: one line per environment."""
+    scenario, dataset, data = results["scenario"], results["dataset"], results["data"]
+    seeds, episodes = results["num_seeds"], results["eval_episodes"]
+    print(
+        f"\n{results['algorithm'].upper()} on {scenario}/{dataset}, last parameters ({results['updates']:,} updates),"
+    )
+    print(f"mean return of {episodes:,} episodes for each of {seeds} seeds, mean ± std over seeds\n")
+    print(f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{'paper (DOM2)':>15}")
+    for shift, returns in results["returns"].items():
+        x = torch.tensor(returns)
+        paper = common.paper_result(scenario, dataset, shift)
+        print(
+            f"{'standard' if shift == 'none' else shift:<12} {f'{x.mean():.1f} ± {x.std(correction=0):.1f}':>16} "
+            f"{common.normalised_score(scenario, x.mean().item()):>11.1f} {data['mean']:>10.1f} {data['max']:>9.1f} "
+            f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>14}"
+        )
+    print()
+
+
+def write_gif(learners, args: Args, prey: dict | None, path: Path, episodes: int = 4) -> Path:
+    """Seed 0's team in `episodes` episodes of the standard environment, as an animated GIF."""
+    from PIL import Image
+
+    from particle_env import draw
+
+    env = ParticleEnv(args.scenario, args.num_seeds * episodes, seed=args.seed)
+    frames = []
+    rollout(learners, args, env, prey, on_step=lambda: frames.append([draw(env, i, 300) for i in range(episodes)]))
+    images = [Image.fromarray(frame) for episode in zip(*frames, strict=True) for frame in episode]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
+    return path
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def git_commit() -> str:
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=common.ROOT, capture_output=True, text=True, timeout=10, check=True
+        )
+        return out.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def main() -> None:
+    import tyro
+
+    train(tyro.cli(Args, description=__doc__))
+
+
+if __name__ == "__main__":
+    common.run(main)
