@@ -1,0 +1,51 @@
+"""What several test files need: behaviour policies and small data sets made of them."""
+
+import pytest
+import torch
+
+import collect_datasets
+from particle_env import SCENARIOS, ParticleEnv
+
+torch.set_num_threads(1)
+
+
+def random_policy(obs_size: int, generator: torch.Generator, hidden: int = 8) -> dict[str, torch.Tensor]:
+    """State dict of a small frozen policy with random weights."""
+    sizes = (obs_size, hidden, hidden, 2)
+    layers = {f"fc{i}": (sizes[i], sizes[i - 1]) for i in (1, 2, 3)}
+    params = {f"{name}.weight": torch.randn(*shape, generator=generator) / 3 for name, shape in layers.items()}
+    return params | {f"{name}.bias": torch.randn(shape[0], generator=generator) / 3 for name, shape in layers.items()}
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """Folder of random behaviour policies and prey for all scenarios, laid out as `pretrained/`."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    for seed, (scenario, spec) in enumerate(SCENARIOS.items()):
+        g, sizes = torch.Generator().manual_seed(seed), ParticleEnv(scenario, 1).obs_sizes
+        everybody = [{"policy": random_policy(size, g)} for size in sizes]
+        medium = [{"policy": random_policy(size, g)} for size in sizes[: spec.num_controlled]]
+        contents = {"agent_params": everybody, "medium": medium, "levels": {"medium": 1.0, "expert": 2.0}, "seed": 0}
+        torch.save(contents, folder / f"{scenario}.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def collect(pretrained):
+    """collect(scenario, dataset, data_dir): a data set of 20 episodes made by the random policies, its metadata."""
+
+    def collect(scenario, dataset, data_dir, num_transitions=500, **options):
+        return original(scenario, dataset, data_dir, num_transitions, **{"pretrained_dir": pretrained} | options)
+
+    original = collect_datasets.collect
+    return collect
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, collect):
+    """Folder of small data sets, to read only."""
+    folder = tmp_path_factory.mktemp("datasets")
+    for scenario in SCENARIOS:
+        for dataset in ("random", "medium", "expert", "random-medium"):
+            collect(scenario, dataset, folder)
+    return folder

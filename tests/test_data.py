@@ -1,0 +1,747 @@
+"""Data sets: what is stored is what happened in the environment, and nothing damaged is ever learned from."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import collect_datasets
+import common
+from common import FILES, UserError
+from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
+
+every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
+N, A = 3, 2  # controlled agents of every scenario, action entries
+
+
+def obs_sizes(scenario):
+    return ParticleEnv(scenario, 1).obs_sizes
+
+
+def load(data_dir, scenario, dataset):
+    return common.load_dataset(data_dir, scenario, dataset, obs_sizes(scenario)[0], A, N, EPISODE_STEPS)
+
+
+def arrays(data_dir, scenario, dataset):
+    """What numpy alone finds on disk: {"obs": [n, T, d], "acs": [n, T, 2], "rews": [n, T], ...}."""
+    folder = Path(data_dir) / scenario / dataset / "seed_0_data"
+    return {name: np.stack([np.load(folder / f"{name}_{i}.npy") for i in range(N)]) for name in FILES}
+
+
+def behaviour(pretrained, scenario, level):
+    """Policies of the controlled agents, and the prey or None."""
+    contents = torch.load(pretrained / f"{scenario}.pt", weights_only=True)
+    policies = contents["agent_params"] if level == "expert" else contents["medium"]
+    prey = contents["agent_params"][N]["policy"] if len(contents["agent_params"]) > N else None
+    return [entry["policy"] for entry in policies[:N]], prey
+
+
+def plain_policy(params, obs):
+    """A frozen policy in numpy."""
+    p = {name: value.numpy().astype(np.float64) for name, value in params.items()}
+    x = np.asarray(obs, np.float64)
+    for name in ("fc1", "fc2"):
+        x = np.maximum(x @ p[f"{name}.weight"].T + p[f"{name}.bias"], 0)
+    return np.tanh(x @ p["fc3.weight"].T + p["fc3.bias"])
+
+
+def world_states(scenario, obs):
+    """Positions, velocities and landmarks of every stored transition, read off the observations [n, T, d]."""
+    m = len(SCENARIOS[scenario].landmarks)
+    vel, pos = list(obs[:, :, :2]), list(obs[:, :, 2:4])
+    landmarks = obs[0, :, 4 : 4 + 2 * m].reshape(-1, m, 2) + pos[0][:, None]
+    if len(SCENARIOS[scenario].agents) > N:  # the prey is the last of the others, then comes its velocity
+        at = 4 + 2 * m + 2 * (N - 1)
+        pos.append(pos[0] + obs[0, :, at : at + 2])
+        vel.append(obs[0, :, at + 2 : at + 4])
+    return tuple(torch.from_numpy(x) for x in (np.stack(pos, 1), np.stack(vel, 1), landmarks))
+
+
+def check_against_environment(scenario, data, prey):
+    """Stepping the environment from every stored observation gives what is stored beside it."""
+    T = data["obs"].shape[1]
+    env = ParticleEnv(scenario, T)
+    obs = env.set_state(*world_states(scenario, data["obs"]))
+    for i in range(N):
+        np.testing.assert_allclose(obs[i], data["obs"][i], atol=1e-5)
+    actions = torch.from_numpy(data["acs"]).transpose(0, 1)
+    if prey is not None:
+        actions = torch.cat([actions, torch.from_numpy(plain_policy(prey, obs[N])).float()[:, None]], 1)
+    next_obs, rewards = env.step(actions)
+    for i in range(N):
+        np.testing.assert_allclose(next_obs[i], data["next_obs"][i], atol=1e-3)
+        np.testing.assert_allclose(rewards[:, i], data["rews"][i], atol=1e-3)
+
+
+# ---- what a collected data set holds ----
+
+
+@every_scenario
+@pytest.mark.parametrize("dataset", ["random", "expert", "random-medium"])
+def test_data_set_is_what_happened_in_the_environment(scenario, dataset, data_dir, pretrained):
+    data = arrays(data_dir, scenario, dataset)
+    d = obs_sizes(scenario)[0]
+    shapes = {"obs": (N, 500, d), "acs": (N, 500, A), "rews": (N, 500), "next_obs": (N, 500, d), "dones": (N, 500)}
+    assert {name: array.shape for name, array in data.items()} == shapes
+    assert {array.dtype for array in data.values()} == {np.dtype(np.float32)}
+    assert not data["dones"].any()  # the time limit is no terminal state
+    assert np.abs(data["acs"]).max() <= 1
+    check_against_environment(scenario, data, behaviour(pretrained, scenario, "expert")[1])
+
+    obs, next_obs = (data[name].reshape(N, 20, EPISODE_STEPS, d) for name in ("obs", "next_obs"))
+    np.testing.assert_array_equal(next_obs[:, :, :-1], obs[:, :, 1:])
+    start = obs[:, :, 0]
+    assert not start[..., :2].any() and np.abs(start[..., 2:4]).max() <= 1  # at rest, in the arena
+    assert len(np.unique(start[0], axis=0)) == 20
+
+
+@every_scenario
+@pytest.mark.parametrize("dataset", ["random", "medium", "random-medium"])
+def test_load_dataset_gives_the_arrays_and_the_returns(scenario, dataset, data_dir):
+    data, loaded, d = arrays(data_dir, scenario, dataset), load(data_dir, scenario, dataset), obs_sizes(scenario)[0]
+    assert loaded.rows.shape == (N, 500, 2 * d + A + 2) and loaded.rows.dtype == torch.float32
+    columns = loaded.rows.split([d, A, 1, d, 1], -1)
+    for name, part in zip(FILES, columns, strict=True):
+        np.testing.assert_array_equal(part.reshape(data[name].shape), data[name])
+    returns = [sum(data["rews"][:, 25 * e : 25 * e + 25].mean(0, dtype=np.float64)) for e in range(20)]
+    np.testing.assert_allclose(loaded.returns, returns, rtol=1e-4, atol=1e-4)
+
+    folder = common.dataset_path(data_dir, scenario, dataset)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert (metadata["scenario"], metadata["dataset"]) == (scenario, dataset)
+    assert (metadata["transitions"], metadata["episodes"], metadata["seed"]) == (500, 20, 0)
+    statistics = [metadata[f"return_{name}"] for name in ("mean", "std", "max")]
+    np.testing.assert_allclose(statistics, [np.mean(returns), np.std(returns, ddof=1), max(returns)], rtol=1e-3)
+    sums = subprocess.run(["sha256sum", *metadata["checksums"]], cwd=folder, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in sums.stdout.splitlines()] == list(metadata["checksums"].values())
+    assert len(metadata["checksums"]) == N * len(FILES)
+    assert {"python", "torch", "numpy"} <= metadata["versions"].keys()
+
+
+@every_scenario
+def test_random_actions_are_uniform(scenario, data_dir):
+    actions = np.sort(arrays(data_dir, scenario, "random")["acs"].reshape(-1))
+    uniform = np.linspace(-1, 1, len(actions))
+    assert np.abs(actions - uniform).max() / 2 < 2 / len(actions) ** 0.5  # Kolmogorov-Smirnov
+    columns = arrays(data_dir, scenario, "random")["acs"].transpose(1, 0, 2).reshape(500, -1)
+    assert np.abs(np.corrcoef(columns.T) - np.eye(N * A)).max() < 0.2  # agents and components are independent
+
+
+def action_noise(data, policies):
+    """Stored actions minus the policies' own where the box cannot have cut them, NaN elsewhere: [n, T, 2]."""
+    own = np.stack([plain_policy(policies[i], data["obs"][i]) for i in range(N)])
+    return np.where(np.abs(own) < 0.6, data["acs"] - own, np.nan)
+
+
+@every_scenario
+@pytest.mark.parametrize("level", ["medium", "expert"])
+def test_policies_act_with_gaussian_noise(scenario, level, data_dir, pretrained):
+    policies, _ = behaviour(pretrained, scenario, level)
+    noise = action_noise(arrays(data_dir, scenario, level), policies)
+    noise = noise[np.isfinite(noise)]
+    assert len(noise) > 200
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 0.1) < 0.02
+    assert 0.55 < (np.abs(noise) < 0.1).mean() < 0.8  # 68% within one standard deviation
+
+
+@every_scenario
+def test_mixtures_are_half_and_half_by_episodes(scenario, data_dir, pretrained):
+    policies, _ = behaviour(pretrained, scenario, "medium")
+    noise = action_noise(arrays(data_dir, scenario, "random-medium"), policies)
+    worst = np.nanmax(np.abs(noise).reshape(N, 20, EPISODE_STEPS, A), axis=(0, 2, 3))  # of every episode
+    assert (worst > 0.6).sum() == (worst < 0.6).sum() == 10
+
+
+def test_many_episodes_come_in_blocks(tmp_path, collect, pretrained):
+    """More episodes than worlds: two blocks for each half, none of them played twice."""
+    metadata = collect("simple_tag", "random-medium", tmp_path, 25 * 2101)
+    assert (metadata["transitions"], metadata["episodes"]) == (25 * 2101, 2101)
+    data, loaded = arrays(tmp_path, "simple_tag", "random-medium"), load(tmp_path, "simple_tag", "random-medium")
+    assert len(np.unique(data["obs"][0, ::EPISODE_STEPS], axis=0)) == len(loaded.returns) == 2101
+    noise = action_noise(data, behaviour(pretrained, "simple_tag", "medium")[0])
+    worst = np.nanmax(np.abs(noise).reshape(N, 2101, EPISODE_STEPS, A), axis=(0, 2, 3))
+    assert sorted([(worst > 0.7).sum(), (worst < 0.7).sum()]) == [1050, 1051]
+    check_against_environment("simple_tag", data, behaviour(pretrained, "simple_tag", "medium")[1])
+
+
+@pytest.mark.parametrize("dataset", ["random", "medium", "random-medium"])
+def test_same_seed_same_data(dataset, tmp_path, collect):
+    made = []
+    for i, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(i)  # the global generator plays no part
+        collect("simple_tag", dataset, tmp_path / str(i), seed=seed)
+        made.append(arrays(tmp_path / str(i), "simple_tag", dataset))
+    for name in ("obs", "acs", "rews", "next_obs"):
+        np.testing.assert_array_equal(made[0][name], made[1][name])
+        assert not np.isclose(made[0][name], made[2][name]).all(axis=(0, 1)).any()
+
+
+def test_transitions_are_whole_episodes(tmp_path, collect):
+    assert collect("simple_spread", "random", tmp_path, 74)["transitions"] == 50
+    with pytest.raises(UserError, match="--num-transitions 49"):
+        collect("simple_spread", "random", tmp_path / "b", 49)
+    assert not (tmp_path / "b").exists()
+
+
+# ---- behaviour policies ----
+
+
+def test_retraining_and_the_replay_data(tmp_path, monkeypatch):
+    """--train from scratch on a recipe that ends at once, and medium-replay from what it made."""
+    recipe = collect_datasets.RECIPES["simple_tag"]
+    never = dict.fromkeys(recipe.published, -1e9)
+    monkeypatch.setitem(collect_datasets.RECIPES, "simple_tag", replace(recipe, published=never, prey_updates=3))
+    monkeypatch.setattr(collect_datasets.TD3, "batch_size", 16)
+    arguments = ["--train", "--scenario", "simple_tag", "--dataset", "medium-replay", "--num-transitions", "100000"]
+    folders = ["--pretrained-dir", str(tmp_path / "pretrained"), "--data-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["collect_datasets.py", *arguments, *folders])
+    collect_datasets.main()
+
+    contents = torch.load(tmp_path / "pretrained" / "simple_tag.pt", weights_only=True)
+    assert len(contents["agent_params"]) == 4 and len(contents["medium"]) == 3
+    prey = common.load_prey(tmp_path / "pretrained" / "simple_tag.pt", 14, "cpu")
+    data = arrays(tmp_path, "simple_tag", "medium-replay")
+    check_against_environment("simple_tag", data, prey)
+    episodes = data["obs"].shape[1] // EPISODE_STEPS
+    obs, next_obs = (data[k].reshape(N, episodes, EPISODE_STEPS, 16) for k in ("obs", "next_obs"))
+    np.testing.assert_array_equal(next_obs[:, :, :-1], obs[:, :, 1:])
+    assert (
+        len(np.unique(obs[0, :, 0], axis=0)) == episodes == len(load(tmp_path, "simple_tag", "medium-replay").returns)
+    )
+
+
+def test_unstacked_policies_act_like_the_stack():
+    torch.manual_seed(0)
+    sizes = (5, 5, 3)
+    actor = collect_datasets.StackedMLP(3, 5, 8, 2)
+    for i, params in enumerate(collect_datasets.unstack(actor, sizes)):
+        obs = torch.randn(7, sizes[i])
+        stacked = actor(F.pad(obs, (0, 5 - sizes[i])).expand(3, 7, 5))[i].tanh()
+        torch.testing.assert_close(common.policy_action(params, obs), stacked)
+        np.testing.assert_allclose(plain_policy(params, obs), stacked.detach(), atol=1e-5)
+
+
+class OmarPolicy(nn.Module):
+    """The policy network of OMAR's checkpoints."""
+
+    def __init__(self, obs_size, hidden=64):
+        super().__init__()
+        self.in_fn = nn.BatchNorm1d(obs_size)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(obs_size, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
+
+    def forward(self, x):
+        return torch.tanh(self.fc3(F.relu(self.fc2(F.relu(self.fc1(self.in_fn(x)))))))
+
+
+def omar_checkpoint(path, obs_size, **options):
+    """A `pretrained_adv_model.pt` after some training; returns the prey."""
+    torch.manual_seed(0)
+    agents = [OmarPolicy(obs_size) for _ in range(4)]
+    params = []
+    for agent in agents:
+        optimizer = torch.optim.Adam(agent.parameters(), 0.01)
+        for _ in range(5):
+            optimizer.zero_grad()
+            agent(3 * torch.randn(32, obs_size) + 1).square().mean().backward()
+            optimizer.step()
+        params.append({"policy": agent.state_dict(), "policy_optimizer": optimizer.state_dict()})
+    torch.save({"init_dict": {"gamma": 0.95, "lr": 0.01}, "agent_params": params}, path, **options)
+    return agents[-1].eval()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_published_prey_loads(tmp_path, zipped):
+    prey = omar_checkpoint(tmp_path / "adv.pt", 14, _use_new_zipfile_serialization=zipped)
+    assert not torch.allclose(prey.in_fn.running_mean, torch.zeros(14), atol=0.1)
+    params = common.load_prey(tmp_path / "adv.pt", 14, "cpu")
+    obs = 2 * torch.randn(50, 14, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(common.policy_action(params, obs), prey(obs).detach())
+    torch.testing.assert_close(common.policy_action(params, obs.view(5, 10, 14)), prey(obs).detach().view(5, 10, 2))
+
+
+# ---- data sets from elsewhere ----
+
+
+@pytest.fixture
+def published(tmp_path, data_dir):
+    """A data set without metadata, to change: its folder."""
+    folder = tmp_path / "simple_tag" / "medium" / "seed_0_data"
+    shutil.copytree(common.dataset_path(data_dir, "simple_tag", "medium"), folder)
+    (folder / "metadata.json").unlink()
+    return folder
+
+
+foreign = pytest.mark.xfail(strict=True, reason="torch.from_numpy takes only some of numpy's number types")
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, pytest.param(">f8", marks=foreign)])
+def test_published_layout_loads(published, tmp_path, data_dir, column, dtype):
+    expected = load(data_dir, "simple_tag", "medium")
+    for file in published.iterdir():
+        array = np.load(file).astype(dtype)
+        if column and file.name.startswith(("rews", "dones")):
+            array = array[:, None]
+        np.save(file, array.astype(bool) if file.name.startswith("dones") else array)
+    loaded = load(tmp_path, "simple_tag", "medium")
+    assert loaded.rows.dtype == torch.float32
+    tolerance = 0 if dtype != np.float16 else 0.01
+    torch.testing.assert_close(loaded.rows, expected.rows, rtol=tolerance, atol=tolerance)
+
+
+# ---- damage ----
+
+
+class Executed:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def flip_byte(file, position):
+    data = bytearray(file.read_bytes())
+    data[position] ^= 0x10
+    file.write_bytes(data)
+
+
+def overwrite(value):
+    def damage(folder):
+        array = np.load(folder / "next_obs_1.npy")
+        array[7, 3] = value
+        np.save(folder / "next_obs_1.npy", array)
+        return "next_obs_1.npy"
+
+    return damage
+
+
+def changed(name, change):
+    def damage(folder):
+        np.save(folder / name, change(np.load(folder / name)))
+        return name
+
+    return damage
+
+
+def missing(folder):
+    (folder / "acs_2.npy").unlink()
+    return "acs_2.npy"
+
+
+def truncated(folder):
+    os.truncate(folder / "obs_1.npy", 1000)
+    return "obs_1.npy"
+
+
+def empty(folder):
+    os.truncate(folder / "rews_0.npy", 0)
+    return "rews_0.npy"
+
+
+def text(folder):
+    (folder / "obs_0.npy").write_text("obs\n1.0\n")
+    return "obs_0.npy"
+
+
+def archive(folder):
+    with open(folder / "obs_0.npy", "wb") as f:
+        np.savez(f, obs=np.zeros(3))
+    return "obs_0.npy"
+
+
+def directory(folder):
+    (folder / "obs_0.npy").unlink()
+    (folder / "obs_0.npy").mkdir()
+    return "obs_0.npy"
+
+
+def swapped(folder):
+    (folder / "obs_0.npy").rename(folder / "x")
+    (folder / "obs_1.npy").rename(folder / "obs_0.npy")
+    (folder / "x").rename(folder / "obs_1.npy")
+    return "obs_0.npy"
+
+
+def flipped(folder):
+    flip_byte(folder / "acs_1.npy", 2000)
+    return "acs_1.npy"
+
+
+def other_metadata(folder):
+    text = (folder / "metadata.json").read_text()
+    (folder / "metadata.json").write_text(text.replace('"medium"', '"expert"'))
+    return "metadata.json"
+
+
+def other_scenario(folder):
+    text = (folder / "metadata.json").read_text()
+    (folder / "metadata.json").write_text(text.replace('"simple_tag"', '"simple_world"'))
+    return "metadata.json"
+
+
+def metadata_is(text):
+    def damage(folder):
+        (folder / "metadata.json").write_bytes(text)
+        return "metadata.json"
+
+    return damage
+
+
+def uncounted(folder):
+    metadata = json.loads((folder / "metadata.json").read_text())
+    del metadata["checksums"]["acs_1.npy"]
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    return "acs_1.npy"
+
+
+def refused(data_dir, name, dataset="medium"):
+    """Loading is refused in one line that names the file."""
+    before = {file: file.read_bytes() for file in Path(data_dir).rglob("*") if file.is_file()}
+    with pytest.raises(UserError) as error:
+        load(data_dir, "simple_tag", dataset)
+    assert name in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) > len(name) + 40
+    assert {file: file.read_bytes() for file in Path(data_dir).rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(missing, truncated, empty, flipped, swapped, other_metadata, other_scenario, uncounted),
+        overwrite(np.nan),
+        *(metadata_is(text) for text in (b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b'{"scenario": "simple_tag"}')),
+    ],
+)
+def test_damage_to_a_collected_data_set_is_noticed(damage, tmp_path, data_dir):
+    shutil.copytree(data_dir / "simple_tag" / "medium", tmp_path / "simple_tag" / "medium")
+    load(tmp_path, "simple_tag", "medium")
+    refused(tmp_path, damage(tmp_path / "simple_tag" / "medium" / "seed_0_data"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(missing, truncated, empty, text, directory),
+        pytest.param(archive, marks=pytest.mark.xfail(strict=True, reason="an AttributeError")),
+        *(overwrite(value) for value in (np.nan, np.inf, -np.inf)),
+        changed("acs_1.npy", lambda x: x[:-25]),  # another number of rows than the others
+        changed("acs_1.npy", lambda x: x[:-1]),
+        changed("dones_2.npy", lambda x: x[:0]),
+        changed("obs_0.npy", lambda x: np.pad(x, ((0, 0), (0, 8)))),
+        changed("acs_0.npy", lambda x: x[:, :1]),
+        changed("acs_0.npy", lambda x: x[:, 0]),
+        changed("rews_0.npy", lambda x: np.stack([x, x], 1)),
+        changed("obs_2.npy", lambda x: x[:, None]),
+        changed("obs_2.npy", lambda x: np.float32(1.0)),
+        changed("rews_1.npy", lambda x: np.array(["good"] * len(x))),
+        changed("rews_1.npy", lambda x: x.astype("datetime64[s]")),
+        pytest.param(
+            changed("rews_1.npy", lambda x: x + 1j),
+            marks=pytest.mark.xfail(strict=True, reason="complex numbers pass as real"),
+        ),
+        changed("obs_1.npy", lambda x: 1e300 * x.astype(np.float64)),  # infinite in float32
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damage_to_a_data_set_without_metadata_is_noticed(damage, published, tmp_path):
+    load(tmp_path, "simple_tag", "medium")
+    refused(tmp_path, damage(published))
+
+
+@pytest.mark.parametrize("rows", [0, 499])
+def test_data_are_whole_episodes(rows, published, tmp_path):
+    for file in published.iterdir():
+        np.save(file, np.load(file)[:rows])
+    refused(tmp_path, f"{rows} rows")
+
+
+@pytest.mark.parametrize("dataset", ["medium", "expert"])
+def test_data_of_another_scenario_are_noticed(dataset, tmp_path, data_dir):
+    for scenario in ("simple_world", "simple_spread"):
+        folder = tmp_path / scenario
+        shutil.copytree(data_dir / scenario, folder / "simple_tag")
+        refused(folder, "metadata.json", dataset)
+        for file in folder.rglob("metadata.json"):
+            file.unlink()
+        refused(folder, "obs_0.npy", dataset)
+
+
+def test_no_data_set(tmp_path):
+    refused(tmp_path, str(Path("simple_tag") / "medium" / "seed_0_data" / "obs_0.npy"))
+
+
+@pytest.mark.xfail(strict=True, reason="a tokenize.TokenError of numpy's passes through")
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_array_headers_never_surprise(published, tmp_path):
+    """Any byte of a header: the data load as they are, or the file is named."""
+    file = published / "obs_0.npy"
+    expected, original = load(tmp_path, "simple_tag", "medium").rows, file.read_bytes()
+    noticed = 0
+    for position in range(128):
+        for value in (0, ord("9"), ord("'"), original[position] ^ 0x01, original[position] ^ 0x80):
+            file.write_bytes(original[:position] + bytes([value]) + original[position + 1 :])
+            try:
+                rows = load(tmp_path, "simple_tag", "medium").rows
+                assert rows.shape == expected.shape and rows.isfinite().all()
+            except UserError as error:
+                noticed += 1
+                assert "obs_0.npy" in str(error)
+    assert noticed > 300
+
+
+def test_pickles_in_arrays_are_not_executed(published, tmp_path):
+    np.save(published / "obs_0.npy", np.array([Executed(tmp_path / "executed")] * 500, object), allow_pickle=True)
+    refused(tmp_path, "obs_0.npy")
+    (published / "obs_0.npy").write_bytes(pickle.dumps(Executed(tmp_path / "executed")))
+    refused(tmp_path, "obs_0.npy")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_in_checkpoints_are_not_executed(zipped, tmp_path):
+    file = tmp_path / "adv.pt"
+    torch.save({"agent_params": [Executed(tmp_path / "executed")]}, file, _use_new_zipfile_serialization=zipped)
+    for read in (lambda: common.load_torch(file), lambda: common.load_prey(file, 14, "cpu")):
+        with pytest.raises(UserError, match=r"adv\.pt"):
+            read()
+    file.write_bytes(pickle.dumps(Executed(tmp_path / "executed")))
+    with pytest.raises(UserError, match=r"adv\.pt"):
+        common.load_prey(file, 14, "cpu")
+    assert not (tmp_path / "executed").exists()
+
+
+def policy_with(pretrained, name, change):
+    params = dict(behaviour(pretrained, "simple_tag", "expert")[1])
+    params[name] = change(params[name])
+    return {"agent_params": [{"policy": params}]}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        torch.zeros(3),
+        [1, 2],
+        {},
+        {"agent_params": []},
+        {"agent_params": 3},
+        {"agent_params": [torch.zeros(2)]},
+        {"agent_params": [{"policy": {}}]},
+        {"agent_params": [{"policy": {"fc1.weight": 3}}]},
+        {"agent_params": [{"policy": None}]},
+    ],
+    ids=str,
+)
+def test_other_checkpoints_are_no_prey(contents, tmp_path):
+    torch.save(contents, tmp_path / "adv.pt")
+    with pytest.raises(UserError, match=r"adv\.pt.*--prey"):
+        common.load_prey(tmp_path / "adv.pt", 14, "cpu")
+
+
+unseen = pytest.mark.xfail(strict=True, reason="load_prey does not look at the prey's actions")
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("fc1.weight", lambda x: x[:, :-1]),  # another observation size
+        pytest.param("fc3.weight", lambda x: x[:1], marks=unseen),  # another action size
+        pytest.param("fc3.weight", lambda x: torch.cat([x, x, x])[:5], marks=unseen),
+        pytest.param("fc2.weight", lambda x: x * float("nan"), marks=unseen),
+    ],
+)
+def test_prey_of_another_kind_is_noticed(name, change, tmp_path, pretrained):
+    contents = policy_with(pretrained, name, change)
+    if name.startswith("fc3"):
+        params = contents["agent_params"][0]["policy"]
+        params["fc3.bias"] = torch.zeros(len(params["fc3.weight"]))
+    torch.save(contents, tmp_path / "adv.pt")
+    with pytest.raises(UserError, match=r"adv\.pt"):
+        common.load_prey(tmp_path / "adv.pt", 14, "cpu")
+
+
+def test_damaged_prey_files(tmp_path, pretrained):
+    for scenario, size in (("simple_tag", 14), ("simple_world", 22)):
+        common.load_prey(pretrained / f"{scenario}.pt", size, "cpu")
+        with pytest.raises(UserError, match=scenario):  # of another scenario
+            common.load_prey(pretrained / f"{scenario}.pt", 36 - size, "cpu")
+    whole = (pretrained / "simple_tag.pt").read_bytes()
+    for n in (0, 10, len(whole) // 2, len(whole) - 20):
+        (tmp_path / "adv.pt").write_bytes(whole[:n])
+        with pytest.raises(UserError, match=r"adv\.pt"):
+            common.load_prey(tmp_path / "adv.pt", 14, "cpu")
+    for path in (tmp_path, tmp_path / "none.pt"):
+        with pytest.raises(UserError, match="no such file"):
+            common.load_prey(path, 14, "cpu")
+
+
+# ---- collecting is all or nothing ----
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_existing_data_are_not_overwritten(tmp_path, collect):
+    collect("simple_tag", "random", tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"simple_tag.*random.*--overwrite"):
+        collect("simple_tag", "random", tmp_path, seed=1)
+    assert contents(tmp_path) == before
+    collect("simple_tag", "random", tmp_path, seed=1, overwrite=True)
+    after = contents(tmp_path)
+    assert after.keys() == before.keys() and after != before
+    load(tmp_path, "simple_tag", "random")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_interrupted_collection_leaves_what_was_there(exists, tmp_path, collect, monkeypatch):
+    if exists:
+        collect("simple_tag", "random-medium", tmp_path, 100)
+    before, rollout = contents(tmp_path), collect_datasets.rollout
+
+    def interrupted(env, generator, policies, prey):
+        if policies is not None:  # the second half of the mixture
+            raise KeyboardInterrupt
+        return rollout(env, generator, policies, prey)
+
+    monkeypatch.setattr(collect_datasets, "rollout", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect("simple_tag", "random-medium", tmp_path, overwrite=exists)
+    assert contents(tmp_path) == before
+
+
+def test_killed_collection_leaves_nothing_that_looks_like_a_data_set(tmp_path, collect, pretrained):
+    code = """if True:
+        import os, signal, sys
+        import numpy as np
+        import collect_datasets
+        save, saved = np.save, []
+        def killed(file, array):
+            save(file, array)
+            saved.append(file)
+            if len(saved) == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+        np.save = killed
+        collect_datasets.collect("simple_tag", "random", sys.argv[1], 500, pretrained_dir=sys.argv[2])
+    """
+    command = [sys.executable, "-c", code, str(tmp_path), str(pretrained)]
+    run = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert len(contents(tmp_path)) == 10  # it was killed in the middle
+    assert not common.dataset_path(tmp_path, "simple_tag", "random").parent.exists()
+    refused(tmp_path, "obs_0.npy", "random")
+    collect("simple_tag", "random", tmp_path)  # and nothing is in the way of the next try
+    load(tmp_path, "simple_tag", "random")
+
+
+def test_full_disk(tmp_path, collect, monkeypatch):
+    def full(file, array):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"simple_tag.*random.*No space left"):
+        collect("simple_tag", "random", tmp_path)
+    assert not contents(tmp_path)
+
+
+def test_two_collections_at_once(tmp_path, collect, monkeypatch):
+    """The other process was faster: its data set stays."""
+    rollout = collect_datasets.rollout
+
+    def while_another_collects(*args):
+        monkeypatch.setattr(collect_datasets, "rollout", rollout)
+        with monkeypatch.context() as another_process:
+            another_process.setattr(os, "getpid", lambda: 0)
+            collect("simple_tag", "random", tmp_path, seed=1)
+        shutil.copytree(tmp_path, tmp_path.with_name("other"))
+        return rollout(*args)
+
+    monkeypatch.setattr(collect_datasets, "rollout", while_another_collects)
+    collect("simple_tag", "random", tmp_path, seed=0)
+    assert contents(tmp_path) == contents(tmp_path.with_name("other"))
+
+
+def test_behaviour_policies_that_do_not_fit(tmp_path, collect, pretrained):
+    policies = tmp_path / "pretrained"
+    policies.mkdir()
+    bad = {
+        "no such file": lambda file: None,
+        "not a readable checkpoint": lambda file: file.write_bytes(b"?"),
+        "simple_tag.pt": lambda file: torch.save({"agent_params": []}, file),
+    }
+    for message, make in bad.items():
+        make(policies / "simple_tag.pt")
+        with pytest.raises(UserError, match=message):
+            collect("simple_tag", "medium", tmp_path / "datasets", pretrained_dir=policies)
+        assert not contents(tmp_path / "datasets")
+
+
+@pytest.mark.xfail(strict=True, reason="a RuntimeError of the first matrix product")
+def test_behaviour_policies_of_another_scenario(tmp_path, collect, pretrained):
+    shutil.copytree(pretrained, tmp_path / "pretrained")
+    shutil.copy(pretrained / "simple_world.pt", tmp_path / "pretrained" / "simple_tag.pt")
+    with pytest.raises(UserError, match=r"simple_tag\.pt"):
+        collect("simple_tag", "medium", tmp_path / "datasets", pretrained_dir=tmp_path / "pretrained")
+    assert not contents(tmp_path / "datasets")
+
+
+@pytest.mark.xfail(strict=True, reason="the temporary folder is named after the process id alone")
+def test_a_killed_process_of_the_same_id_is_not_in_the_way(tmp_path, collect):
+    (tmp_path / "simple_tag" / f".random-{os.getpid()}.tmp" / "seed_0_data").mkdir(parents=True)
+    collect("simple_tag", "random", tmp_path)
+    load(tmp_path, "simple_tag", "random")
+
+
+@pytest.mark.parametrize("scenario, dataset", [("simple_tagg", "random"), ("simple_tag", "rondom")])
+def test_unknown_names(scenario, dataset, tmp_path, collect):
+    with pytest.raises(UserError, match=r"simple_tagg.*simple_spread|rondom.*medium-replay"):
+        collect(scenario, dataset, tmp_path)
+    assert not contents(tmp_path)
+
+
+# ---- the paper's numbers ----
+
+
+def test_normalised_score():
+    for scenario, expert, random in (("simple_spread", 516.8, 159.8), ("simple_tag", 185.6, -4.1)):
+        assert common.normalised_score(scenario, expert) == pytest.approx(100)
+        assert common.normalised_score(scenario, random) == pytest.approx(0)
+    assert common.normalised_score("simple_world", -6.8 + 86.3 / 4) == pytest.approx(25)
+    assert common.normalised_score("HalfCheetah", -284.0 - 3852.8) == pytest.approx(-100)
+
+
+def test_paper_results():
+    assert common.paper_result("simple_tag", "random", "none") == (208.7, 57.3)
+    assert common.paper_result("simple_tag", "random", "speed") == (120.7, 100.2)
+    assert common.paper_result("simple_world", "expert", "none") == (99.5, 17.1)
+    assert common.paper_result("simple_spread", "medium-expert", "none", "OMAR") == (450.3, 39.0)
+    assert common.paper_result("HalfCheetah", "medium", "extreme") == (2232.4, 215.1)
+    assert common.paper_result("simple_tag", "random", "extreme") is None
+    assert common.paper_result("simple_tag", "random", "none", "PPO") is None
+
+
+def test_paper_results_normalised_are_those_that_later_work_quotes():
+    quoted = {  # random, medium-replay, medium, expert
+        "simple_spread": (49.9, 46.0, 55.8, 131.3),
+        "simple_tag": (112.2, 81.5, 84.3, 138.7),
+        "simple_world": (54.2, 84.2, 105.8, 123.2),
+        "HalfCheetah": (28.1, 73.9, 81.4, 102.8),
+    }
+    for scenario, scores in quoted.items():
+        for dataset, score in zip(("random", "medium-replay", "medium", "expert"), scores, strict=True):
+            mean, _ = common.paper_result(scenario, dataset, "none")
+            assert common.normalised_score(scenario, mean) == pytest.approx(score, abs=0.06)
