@@ -29,8 +29,8 @@ def close(actual, expected, tolerance=1e-10):
 
 
 def options(**changes):
-    """Resolved options with tiny networks."""
-    small = dict(widths=(8, 6), critic_widths=(7, 9), eta=2.0, zeta=0.5, diffusion_steps=4, batch_size=B)
+    """Resolved options with tiny networks in full precision."""
+    small = dict(widths=(8, 6), critic_widths=(7, 9), eta=2.0, zeta=0.5, diffusion_steps=4, batch_size=B, bf16=False)
     return dom2_mpe.resolve(dom2_mpe.Args(**small | changes))
 
 
@@ -310,6 +310,24 @@ def test_policy_of_one_step_acts_what_the_network_predicts():
     alpha, sigma = policy.schedule.alpha, policy.schedule.sigma
     eps = (batch.policy_noise - alpha(1.0) * clean) / sigma(1.0)
     close(policy(batch.obs, batch.policy_noise), (alpha(1e-3) * clean + sigma(1e-3) * eps).clamp(-1, 1))
+
+
+@every_net
+@every_prediction
+def test_bf16_is_a_rounding_of_the_hidden_layers_alone(noise_net, prediction):
+    results = []
+    for bf16 in (False, True):
+        args = options(noise_net=noise_net, prediction=prediction, widths=(64, 64), critic_widths=(64, 64), bf16=bf16)
+        learners, batch = make_learners(args, dtype=torch.float32), make_batch(args, dtype=torch.float32)
+        bc = dom2_mpe.diffusion_loss(learners["policy"], batch)
+        networks = learners["critic"], learners["target_critic"], learners["target_policy"]
+        td = dom2_mpe.critic_loss(*networks, batch, 0.9, 0.5)[0]
+        grads = gradients(bc.sum(), learners["policy"]) + gradients(td.sum(), learners["critic"])
+        results.append((bc, td, networks[0](batch.obs, batch.random_actions), torch.cat([g.flatten() for g in grads])))
+        assert {x.dtype for x in (*results[-1], *learners.parameters())} == {torch.float32}
+    for exact, rounded in zip(*results, strict=True):
+        error = (exact - rounded).norm() / exact.norm()
+        assert 1e-6 < error < 0.1  # eight bits of mantissa, through all layers
 
 
 def q_value(critic, learner, twin, obs, action):
