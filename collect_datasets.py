@@ -50,7 +50,7 @@ class Args:
     dataset: tuple[str, ...] = DATASETS
     """which data sets of each"""
     num_transitions: int = 1_000_000
-    """transitions of each data set; medium-replay has what its buffer holds, at most this many"""
+    """transitions of each data set; of medium-replay at most this many, as its buffer holds fewer"""
     data_dir: str = "datasets"
     """folder of the data sets"""
     seed: int = 0
@@ -69,13 +69,20 @@ class Recipe:
 
     published: dict[str, float]  # mean returns of the OMAR data sets
     prey_updates: int  # predators and prey together, until the prey is frozen
-    expert_updates: int  # predators alone, against the frozen prey
+    expert_updates: int  # of the controlled agents (against the frozen prey) at most
+    hidden: tuple[int, int]  # widths of the actors' and the critics' hidden layers
 
 
 RECIPES = {
-    "simple_spread": Recipe({"random": 159.6, "medium-replay": 203.7, "medium": 273.4, "expert": 531.0}, 0, 60_000),
-    "simple_tag": Recipe({"random": -4.1, "medium-replay": 3.9, "medium": 116.4, "expert": 207.9}, 4_000, 30_000),
-    "simple_world": Recipe({"random": -6.8, "medium-replay": 1.2, "medium": 65.9, "expert": 85.2}, 2_750, 30_000),
+    "simple_spread": Recipe(
+        {"random": 159.6, "medium-replay": 203.7, "medium": 273.4, "expert": 531.0}, 0, 45_000, (128, 256)
+    ),
+    "simple_tag": Recipe(
+        {"random": -4.1, "medium-replay": 3.9, "medium": 116.4, "expert": 207.9}, 4_000, 30_000, (64, 64)
+    ),
+    "simple_world": Recipe(
+        {"random": -6.8, "medium-replay": 1.2, "medium": 65.9, "expert": 85.2}, 2_750, 30_000, (64, 64)
+    ),
 }
 ACTION_NOISE = 0.1  # of the medium and expert data sets
 
@@ -119,7 +126,7 @@ class TD3:
         prey: state dict of a frozen prey, or None: then the prey (if any) is one of the learners.
     """
 
-    num_envs, batch_size, hidden = 16, 256, 64
+    num_envs, batch_size = 16, 256
     lr, rho, gamma, reward_scale = 1e-3, 0.01, 0.95, 0.1
     warmup_steps = 320  # of uniformly random actions: 20 updates' worth of episodes before learning starts
     explore_noise, target_noise, target_noise_clip = 0.2, 0.2, 0.5
@@ -132,8 +139,9 @@ class TD3:
         L = self.num_learners = self.env.num_agents if prey is None else self.env.spec.num_controlled
         self.obs_sizes = self.env.obs_sizes[:L]
         d = self.obs_size = max(self.obs_sizes)  # smaller observations are padded with zeros
-        self.actor, self.target_actor = (StackedMLP(L, d, self.hidden, 2) for _ in range(2))
-        self.critic, self.target_critic = (StackedMLP(2 * L, d + 2, self.hidden, 1) for _ in range(2))
+        actor_hidden, critic_hidden = RECIPES[scenario].hidden
+        self.actor, self.target_actor = (StackedMLP(L, d, actor_hidden, 2) for _ in range(2))
+        self.critic, self.target_critic = (StackedMLP(2 * L, d + 2, critic_hidden, 1) for _ in range(2))
         self.target_actor.load_state_dict(self.actor.state_dict())
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), self.lr, fused=True)
@@ -322,7 +330,10 @@ def replay_rows(scenario: str, behaviour: dict) -> Tensor:
 def make_rows(scenario: str, dataset: str, behaviour: dict, num_episodes: int, seed: int):
     """Yield a data set's transitions in blocks of whole episodes, each [n, T, W]."""
     if dataset == "medium-replay":
-        yield replay_rows(scenario, behaviour)[:, : num_episodes * EPISODE_STEPS]
+        rows = replay_rows(scenario, behaviour).unflatten(1, (-1, EPISODE_STEPS))
+        if rows.shape[1] > num_episodes:  # thin it out evenly: its policies improve from first to last
+            rows = rows[:, torch.linspace(0, rows.shape[1] - 1, num_episodes).long()]
+        yield rows.flatten(1, 2)
         return
     env = ParticleEnv(scenario, min(1_000, num_episodes), seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -403,7 +414,7 @@ def collect(
             **contents,
             "seed": seed,
             "action_noise": ACTION_NOISE,
-            "policies_checksum": common.file_checksum(Path(pretrained_dir) / f"{scenario}.pt"),
+            "prey_checksum": behaviour["prey"] and common.policy_checksum(behaviour["prey"]),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }
         (temporary / path.name / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
@@ -425,7 +436,7 @@ def collect(
 def main() -> None:
     import tyro
 
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     for scenario in args.scenario:
         common.check_choice("--scenario", scenario, RECIPES)
     for dataset in args.dataset:

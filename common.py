@@ -110,6 +110,14 @@ def policy_action(params: dict[str, Tensor], obs: Tensor) -> Tensor:
     return torch.tanh(F.linear(x, params["fc3.weight"], params["fc3.bias"]))
 
 
+def policy_checksum(params: dict[str, Tensor]) -> str:
+    """SHA-256 of a policy's parameters, the same on every device."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        digest.update(name.encode() + params[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Data sets
 
@@ -121,6 +129,7 @@ class Dataset:
     rows: Tensor  # [n, T, 2 d + A + 2]: obs, action, reward, next_obs, done of each transition side by side
     returns: Tensor  # [episodes] team return: mean over agents of the sum of rewards
     path: Path
+    metadata: dict  # of metadata.json, empty where there is none
 
 
 FILES = ("obs", "acs", "rews", "next_obs", "dones")
@@ -203,4 +212,4 @@ def load_dataset(
             if not torch.isfinite(block).all():
                 raise UserError(f"{path / f'{name}_{agent}.npy'}: holds NaN or infinity; {remedy}")
     rewards = rows[:, :, obs_size + action_size].double().mean(0)  # [T]
-    return Dataset(rows, rewards.view(-1, episode_steps).sum(1).float(), path)
+    return Dataset(rows, rewards.view(-1, episode_steps).sum(1).float(), path, metadata)

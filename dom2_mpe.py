@@ -97,7 +97,7 @@ class Args:
     """residual (the U-net-like one of Figure 8) or mlp (the ablation)"""
     widths: tuple[int, ...] = (128, 128, 128)
     """widths of the noise network's layers; of its downward half for residual"""
-    critic_widths: tuple[int, ...] = (256, 256)
+    critic_widths: tuple[int, ...] | None = None
     """widths of the critics' hidden layers"""
 
     thresholds: tuple[float, ...] | None = None
@@ -117,12 +117,14 @@ class Args:
     """shifted environment of the final evaluation: speed or none"""
     cuda: bool = True
     """use a GPU when there is one"""
+    bf16: bool = True
+    """hidden layers compute in bfloat16, about twice as fast; parameters, inputs, outputs and losses stay float32"""
     compile: bool = False
-    """compile the update: torch.compile, on a GPU as a CUDA graph"""
+    """torch.compile the update; it takes a minute or two to start"""
     run_dir: str = "runs"
     """folder in which this run's folder is made"""
     resume: str | None = None
-    """run folder to continue from its checkpoint"""
+    """run folder to continue with its options from its checkpoint; --updates may be raised"""
     eval_only: str | None = None
     """run folder whose checkpoint to evaluate without training"""
     capture_video: bool = False
@@ -132,11 +134,27 @@ class Args:
 
 
 # What differs per scenario and data set, found by experiment (README, "Settings"). An option on the command line wins.
-SETTING_NAMES = ("updates", "actor_lr", "critic_lr", "eta", "zeta")
+SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta")
 SETTINGS = {
-    ("simple_spread", "random"): (16_000, 3e-4, 1e-3, 25.0, 0.0),
+    ("simple_spread", "random"): (16_000, (256, 256), 3e-4, 1e-3, 1.0, 0.0),
+    ("simple_spread", "random-medium"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_spread", "medium-replay"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_spread", "medium"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_spread", "medium-expert"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_spread", "expert"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_tag", "random"): (10_000, (128, 128), 3e-4, 1e-3, 10.0, 0.0),
+    ("simple_tag", "random-medium"): (5_000, (64, 64), 1e-3, 1e-3, 5.0, 0.0),
+    ("simple_tag", "medium-replay"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_tag", "medium"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_tag", "medium-expert"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_tag", "expert"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_world", "random"): (10_000, (128, 128), 3e-4, 1e-3, 10.0, 0.0),
+    ("simple_world", "random-medium"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_world", "medium-replay"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_world", "medium"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_world", "medium-expert"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
+    ("simple_world", "expert"): (5_000, (128, 128), 1e-3, 1e-3, 5.0, 0.1),
 }
-DEFAULT_SETTINGS = (16_000, 3e-4, 1e-3, 5.0, 0.2)
 
 
 def resolve(args: Args) -> Args:
@@ -150,12 +168,12 @@ def resolve(args: Args) -> Args:
     common.check_choice("--shift", args.shift, ("speed", "none"))
     common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
     common.check_choice("--prediction", args.prediction, ("action", "noise"))
-    settings = dict(zip(SETTING_NAMES, SETTINGS.get((args.scenario, args.dataset), DEFAULT_SETTINGS), strict=True))
+    settings = dict(zip(SETTING_NAMES, SETTINGS[args.scenario, args.dataset], strict=True))
     args = replace(args, **{name: value for name, value in settings.items() if getattr(args, name) is None})
     for option in ("num_seeds", "updates", "batch_size", "diffusion_steps", "eval_interval", "eval_episodes"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least 1")
-    for option in ("eta", "zeta", "bc_weight", "max_grad_norm", "beta_min"):
+    for option in ("eta", "zeta", "bc_weight", "max_grad_norm", "beta_min", "reward_scale"):
         if not 0 <= getattr(args, option) < math.inf:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be finite and not negative")
     for option in ("data_fraction", "rho", "actor_lr", "critic_lr"):
@@ -238,11 +256,15 @@ def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int,
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Networks. Every module holds L independent networks, one per learner.
+# Networks. Every module holds L independent networks, one per learner. `precision` is the hidden layers' (None:
+# the inputs'); inputs, outputs and parameters keep theirs. `widths` is a tuple of ints.
 
 
 class StackedLinear(nn.Module):
-    """L independent linear layers as one batched matrix product, [L, B, in] -> [L, B, out]; nn.Linear's own start."""
+    """L independent linear layers as one batched matrix product, [L, B, in] -> [L, B, out]; nn.Linear's own start.
+
+    It computes in the precision of its input; the parameters stay as they are.
+    """
 
     def __init__(self, num_learners: int, in_features: int, out_features: int):
         super().__init__()
@@ -251,7 +273,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_learners, 1, out_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.baddbmm(self.bias.to(x.dtype), x, self.weight.to(x.dtype))
 
 
 class TimeFeatures(nn.Module):
@@ -272,8 +294,9 @@ class MLPNoiseNet(nn.Module):
     The observation's share of the first layer is the same in every denoising step: `embed` computes it once.
     """
 
-    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths: tuple[int, ...]):
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, precision=None):
         super().__init__()
+        self.precision = precision
         self.time = TimeFeatures(num_learners)
         self.obs_in = StackedLinear(num_learners, obs_size, widths[0])
         self.time_in = StackedLinear(num_learners, 32, widths[0])
@@ -285,10 +308,10 @@ class MLPNoiseNet(nn.Module):
         return self.obs_in(obs)
 
     def forward(self, a: Tensor, obs_embedding: Tensor, t) -> Tensor:
-        x = self.action_in(a) + obs_embedding + self.time_in(self.time(t))
-        for layer in self.layers:
+        x = (self.action_in(a) + obs_embedding + self.time_in(self.time(t))).to(dtype=self.precision)
+        for layer in self.layers[:-1]:
             x = layer(F.silu(x))
-        return x
+        return self.layers[-1](F.silu(x).to(a.dtype))
 
 
 class ResidualBlock(nn.Module):
@@ -312,9 +335,10 @@ class ResidualNoiseNet(nn.Module):
     the observation's and the time's embeddings enters every block. `widths` are those of the downward half.
     """
 
-    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths: tuple[int, ...]):
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, precision=None):
         super().__init__()
         L, c = num_learners, 128
+        self.precision = precision
         self.time = TimeFeatures(L)
         self.obs_in = StackedLinear(L, obs_size, 32)
         self.obs_condition = StackedLinear(L, 32, c)
@@ -331,15 +355,16 @@ class ResidualNoiseNet(nn.Module):
         return self.obs_condition(F.silu(self.obs_in(obs)))  # constant along the denoising chain
 
     def forward(self, a: Tensor, obs_embedding: Tensor, t) -> Tensor:
-        condition = F.silu(self.condition(F.silu(obs_embedding + self.time_condition(self.time(t)))))
-        skips, x = [], a
+        condition = F.silu((obs_embedding + self.time_condition(self.time(t))).to(dtype=self.precision))
+        condition = F.silu(self.condition(condition))
+        skips, x = [], a.to(dtype=self.precision)
         for block in self.down:
             x = block(x, condition)
             skips.append(x)
         x = self.middle(x, condition)
         for block in self.up:
             x = block(torch.cat([x, skips.pop()], -1), condition)
-        return self.out(torch.cat([x, skips.pop()], -1))
+        return self.out(torch.cat([x, skips.pop()], -1).to(a.dtype))
 
 
 NOISE_NETS = {"residual": ResidualNoiseNet, "mlp": MLPNoiseNet}
@@ -380,9 +405,10 @@ class TwinCritic(nn.Module):
     all K actions.
     """
 
-    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths: tuple[int, ...]):
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, precision=None):
         super().__init__()
         L = 2 * num_learners
+        self.precision = precision
         self.obs_in = StackedLinear(L, obs_size, widths[0])
         self.action_in = StackedLinear(L, action_size, widths[0])
         sizes = [*widths, 1]
@@ -392,10 +418,10 @@ class TwinCritic(nn.Module):
         L, B, K, A = actions.shape
         twice = torch.arange(2 * L, device=obs.device) // 2
         x = self.action_in(actions.reshape(L, B * K, A)[twice]).view(2 * L, B, K, -1)
-        x = (x + self.obs_in(obs[twice])[:, :, None]).flatten(1, 2)  # [2 L, B * K, H]
-        for layer in self.layers:
+        x = (x + self.obs_in(obs[twice])[:, :, None]).flatten(1, 2).to(dtype=self.precision)  # [2 L, B * K, H]
+        for layer in self.layers[:-1]:
             x = layer(F.relu(x))
-        return x.view(L, 2, B, K)
+        return self.layers[-1](F.relu(x).to(obs.dtype)).view(L, 2, B, K)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -497,14 +523,15 @@ def augment(returns: Tensor, thresholds) -> Tensor:
 
 def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
     """Policies, critics and their target copies, all with a leading learner axis (Algorithm 2, line 1)."""
+    precision = torch.bfloat16 if args.bf16 else None
 
     def policy():
-        net = NOISE_NETS[args.noise_net](num_learners, obs_size, action_size, args.widths)
+        net = NOISE_NETS[args.noise_net](num_learners, obs_size, action_size, args.widths, precision)
         schedule = NoiseSchedule(args.beta_min, args.beta_max)
         return DiffusionPolicy(net, schedule, args.diffusion_steps, args.prediction)
 
     def critic():
-        return TwinCritic(num_learners, obs_size, action_size, args.critic_widths)
+        return TwinCritic(num_learners, obs_size, action_size, args.critic_widths, precision)
 
     learners = nn.ModuleDict(
         {"policy": policy(), "critic": critic(), "target_policy": policy(), "target_critic": critic()}
@@ -759,18 +786,22 @@ def train(args: Args) -> dict:
     if args.resume or args.eval_only:
         run = Path(args.resume or args.eval_only)
         stored, checkpoint = load_checkpoint(run)
-        if args.eval_only:  # how to evaluate is this command's, what was trained the checkpoint's
-            names = ("eval_episodes", "eval_candidates", "shift", "cuda", "capture_video", "data_dir")
-            stored = replace(stored, **{name: getattr(args, name) for name in names})
-        args = resolve(replace(stored, resume=args.resume, eval_only=args.eval_only))
-    else:
-        args = resolve(args)
+        for option in ("scenario", "dataset"):
+            if getattr(args, option) not in (getattr(stored, option), getattr(Args, option)):
+                raise UserError(f"--{option} {getattr(args, option)}: {run} was trained on {getattr(stored, option)}")
+        names = ("data_dir", "eval_episodes", "eval_candidates", "shift", "cuda", "capture_video")
+        if args.resume:
+            names = ("data_dir", "cuda", "capture_video", *(("updates",) if args.updates else ()))
+        else:
+            stored.updates = checkpoint["updates"]
+        args = replace(stored, **{name: getattr(args, name) for name in ("resume", "eval_only", *names)})
+    args = resolve(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = ParticleEnv(args.scenario, 1)
     obs_size, action_size, n = env.obs_sizes[0], 2, env.spec.num_controlled
     num_learners = args.num_seeds * n
     if checkpoint is not None:
-        prey = checkpoint["prey"]
+        prey = checkpoint["prey"] and {name: value.to(device) for name, value in checkpoint["prey"].items()}
     elif env.num_agents > n:
         prey = common.load_prey(
             args.prey or common.ROOT / "pretrained" / f"{args.scenario}.pt", env.obs_sizes[n], device
@@ -783,18 +814,22 @@ def train(args: Args) -> dict:
 
         collect_datasets.collect(args.scenario, args.dataset, data_dir=args.data_dir)
     data = common.load_dataset(args.data_dir, args.scenario, args.dataset, obs_size, action_size, n, EPISODE_STEPS)
+    made_with = data.metadata.get("prey_checksum")
+    if prey is not None and made_with not in (None, common.policy_checksum(prey)):
+        raise UserError(f"{data.path}: made with another prey; pass it as --prey, or delete the folder to make it anew")
     torch.manual_seed(args.seed)
-    num_episodes = len(data.returns)
-    kept = torch.randperm(num_episodes)[: max(1, round(args.data_fraction * num_episodes))]
-    if args.data_fraction == 1:
-        kept = torch.arange(num_episodes)
-    returns = data.returns[kept]
+    rows, returns = data.rows, data.returns
+    if args.data_fraction < 1:
+        kept = torch.randperm(len(returns))[: max(1, round(args.data_fraction * len(returns)))]
+        rows = rows.unflatten(1, (-1, EPISODE_STEPS))[:, kept].flatten(1, 2)
+        returns = returns[kept]
+    del data
+    standardise_rewards(rows, obs_size, args.reward_scale)
+    rows = rows.to(device)
     thresholds = ()
     if not args.no_augment:
         thresholds = args.thresholds or torch.quantile(returns, torch.tensor(args.quantiles)).tolist()
-    episodes = kept[augment(returns, thresholds)].to(device)  # Algorithm 2, line 2
-    rows = data.rows.to(device)
-    standardise_rewards(rows, obs_size, args.reward_scale)
+    episodes = augment(returns, thresholds).to(device)  # Algorithm 2, line 2
 
     learners = make_learners(args, num_learners, obs_size, action_size, device)
     optimizers = make_optimizers(args, learners)
@@ -827,10 +862,10 @@ def train(args: Args) -> dict:
             for shift in dict.fromkeys(("none", args.shift))
         },
         "data": {
-            "mean": data.returns.mean().item(),
-            "std": data.returns.std().item(),
-            "max": data.returns.max().item(),
-            "transitions": data.rows.shape[1],
+            "mean": returns.mean().item(),
+            "std": returns.std(correction=0).item(),
+            "max": returns.max().item(),
+            "transitions": rows.shape[1],
         },
         "settings": asdict(args),
         "hardware": hardware(device),
@@ -838,15 +873,16 @@ def train(args: Args) -> dict:
         "command": "python " + " ".join(sys.argv),
         "commit": git_commit(),
     }
-    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    name = "evaluation.json" if args.eval_only else "results.json"
+    (run / name).write_text(json.dumps(results, indent=2) + "\n")
     print_table(results)
     if args.capture_video:
         print(f"wrote {write_gif(learners, args, prey, run / 'policy.gif')}")
-    print(f"results, checkpoint and TensorBoard events: {run}")
+    print(f"{run}: {name}, checkpoint.pt, TensorBoard events")
     return results
 
 
-def fit(args, learners, optimizers, rows, episodes, prey, first_update: int, run: Path) -> None:
+def fit(args: Args, learners, optimizers, rows, episodes, prey, first_update: int, run: Path) -> None:
     """The loop of Algorithm 2, with its progress bar, logging, evaluations and checkpoints."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help needs none of it
 
@@ -945,7 +981,7 @@ def git_commit() -> str:
 def main() -> None:
     import tyro
 
-    train(tyro.cli(Args, description=__doc__))
+    train(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
 
 
 if __name__ == "__main__":
