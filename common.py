@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import hashlib
 import json
 import sys
@@ -29,8 +30,22 @@ class UserError(Exception):
     """Something the user can mend: one line that names the file or option and says what to do."""
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next update instead of handing it back to the kernel.
+
+    An update frees and asks for the same blocks every time. Without this each of them is mapped and its pages are
+    fetched anew, about ten thousand page faults an update, which on a virtual machine can cost half of the time.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: its maximum, 32 MB
+
+
 def run(main) -> None:
     """Run `main()`; a UserError ends the program with its one line and exit code 2."""
+    keep_freed_memory()
     try:
         main()
     except UserError as error:
