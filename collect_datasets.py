@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -304,14 +305,15 @@ def load_behaviour(pretrained_dir: str | Path, scenario: str) -> dict:
     n = spec.num_controlled
     try:
         everybody = [entry["policy"] for entry in checkpoint["agent_params"]]
-        return {
-            "prey": everybody[n] if len(spec.agents) > n else None,
-            "expert": everybody[:n],
-            "medium": [entry["policy"] for entry in checkpoint["medium"]],
-            "seed": checkpoint["seed"],
-        }
-    except (KeyError, IndexError, TypeError):
-        raise UserError(f"{path}: not behaviour policies of this script; retrain them with --train") from None
+        medium = [entry["policy"] for entry in checkpoint["medium"]]
+        sizes = ParticleEnv(scenario, 1).obs_sizes
+        for policies in (everybody, medium + everybody[n:]):
+            for policy, size in zip(policies, sizes, strict=True):
+                common.policy_action(policy, torch.zeros(1, size))
+        prey = everybody[n] if len(spec.agents) > n else None
+        return {"prey": prey, "expert": everybody[:n], "medium": medium, "seed": checkpoint["seed"]}
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path}: not behaviour policies of {scenario}; retrain them with --train") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -401,7 +403,8 @@ def collect(
     if target.exists() and not overwrite:
         raise UserError(f"{target}: exists; pass --overwrite to replace it")
     behaviour = load_behaviour(pretrained_dir, scenario)
-    temporary = target.with_name(f".{dataset}-{os.getpid()}.tmp")
+    temporary = target.with_name(f".{dataset}-{os.getpid()}-{time.time_ns()}.tmp")
+    replaced = temporary.with_suffix(".old")
     try:
         (temporary / path.name).mkdir(parents=True)
         bar = tqdm(desc=f"{scenario}/{dataset}", total=num_episodes * EPISODE_STEPS, unit="step", unit_scale=True)
@@ -419,7 +422,7 @@ def collect(
         }
         (temporary / path.name / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         if overwrite and target.exists():
-            shutil.rmtree(target)
+            os.rename(target, replaced)
         try:
             os.rename(temporary, target)
         except OSError:
@@ -430,6 +433,7 @@ def collect(
         raise UserError(f"{target}: {error.strerror or error}; free some space or choose another --data-dir") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     return metadata
 
 

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import json
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def load_torch(path: Path):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of files that are none of ours: the error says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); restore or delete it") from None
 
@@ -101,8 +103,10 @@ def load_prey(path: str | Path, obs_size: int, device) -> dict[str, Tensor]:
         params = {
             name: value.to(device, torch.float32) for name, value in checkpoint["agent_params"][-1]["policy"].items()
         }
-        policy_action(params, torch.zeros(1, obs_size, device=device))
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError):
+        action = policy_action(params, torch.zeros(1, obs_size, device=device))
+        if action.shape != (1, 2) or not action.isfinite().all():
+            raise ValueError
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError):
         raise UserError(
             f"{path}: holds no prey policy for observations of size {obs_size} (expected agent_params[-1]['policy'] "
             "with fc1, fc2, fc3); pass the pretrained_adv_model.pt of this scenario as --prey"
@@ -200,10 +204,10 @@ def load_dataset(
             if metadata and file_checksum(file) != checksums.get(file.name):
                 raise UserError(f"{file}: differs from its checksum in metadata.json; {remedy}")
             try:
-                array = np.load(file, allow_pickle=False)
-            except (ValueError, EOFError, OSError):
+                array = np.asarray(np.load(file, allow_pickle=False))
+            except Exception:  # numpy's parser of headers raises more than it documents
                 raise UserError(f"{file}: truncated or not a plain .npy array; {remedy}") from None
-            if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+            if array.dtype.kind not in "biuf":
                 raise UserError(f"{file}: holds {array.dtype}, not numbers; {remedy}")
             if array.ndim == 1 and width == 1:
                 array = array[:, None]
@@ -222,7 +226,8 @@ def load_dataset(
         start = 0
         for name, array in zip(FILES, columns, strict=True):
             block = rows[agent, :, start : start + array.shape[1]]
-            block.copy_(torch.from_numpy(array))
+            with np.errstate(over="ignore"):  # an infinity is noticed below
+                block.copy_(torch.from_numpy(array.astype(np.float32, copy=False)))
             start += array.shape[1]
             if not torch.isfinite(block).all():
                 raise UserError(f"{path / f'{name}_{agent}.npy'}: holds NaN or infinity; {remedy}")

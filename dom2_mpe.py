@@ -22,6 +22,7 @@ seeds, n agents, B minibatch, A = 2 action entries, d observation entries, K act
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -325,8 +326,8 @@ class ResidualBlock(nn.Module):
         self.skip = StackedLinear(num_learners, in_size, out_size) if in_size != out_size else nn.Identity()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = F.silu(self.dense1(x)) + self.condition(condition)
-        return F.silu(self.dense2(h)) + self.skip(x)
+        h = F.silu(self.dense1(x)).to(condition.dtype) + self.condition(condition)
+        return F.silu(self.dense2(h)) + self.skip(x).to(condition.dtype)
 
 
 class ResidualNoiseNet(nn.Module):
@@ -357,7 +358,7 @@ class ResidualNoiseNet(nn.Module):
     def forward(self, a: Tensor, obs_embedding: Tensor, t) -> Tensor:
         condition = F.silu((obs_embedding + self.time_condition(self.time(t))).to(dtype=self.precision))
         condition = F.silu(self.condition(condition))
-        skips, x = [], a.to(dtype=self.precision)
+        skips, x = [], a
         for block in self.down:
             x = block(x, condition)
             skips.append(x)
@@ -698,7 +699,7 @@ def diversity(learners: nn.ModuleDict, rows: Tensor, obs_size: int) -> Tensor:
 # Runs
 
 
-def save_checkpoint(path: Path, args: Args, updates: int, learners, optimizers, prey) -> None:
+def save_checkpoint(path: Path, args: Args, updates: int, learners, optimizers, prey, data_stats) -> None:
     """Everything that continuing bit for bit needs, written beside the old checkpoint and then put in its place."""
     checkpoint = {
         "args": asdict(args),
@@ -706,6 +707,7 @@ def save_checkpoint(path: Path, args: Args, updates: int, learners, optimizers, 
         "learners": learners.state_dict(),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "prey": prey,
+        "data": data_stats,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -722,15 +724,19 @@ def load_checkpoint(run: str | Path) -> tuple[Args, dict]:
     path = Path(run) / "checkpoint.pt"
     checkpoint = common.load_torch(path)
     try:
+        if not {"updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"} <= checkpoint.keys():
+            raise KeyError
         return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}), checkpoint
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a checkpoint of dom2_mpe.py; give a run folder that this script wrote") from None
 
 
-def restore(learners: nn.ModuleDict, checkpoint: dict, run: str | Path) -> None:
+def restore(learners: nn.ModuleDict, optimizers: dict, checkpoint: dict, run: str | Path) -> None:
     try:
         learners.load_state_dict(checkpoint["learners"])
-    except (KeyError, RuntimeError):
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(checkpoint["optimizers"][name])
+    except (KeyError, RuntimeError, ValueError):
         raise UserError(f"{run}/checkpoint.pt: its networks do not fit its options; the file is damaged") from None
 
 
@@ -743,13 +749,15 @@ def load_policy(run: str | Path, seed_index: int = 0):
         UserError: no such run, or a damaged one.
     """
     args, checkpoint = load_checkpoint(run)
+    if not 0 <= seed_index < args.num_seeds:
+        raise UserError(f"seed_index {seed_index}: {run} holds {args.num_seeds} seeds")
     spec = SCENARIOS[args.scenario]
     n = spec.num_controlled
     obs_size = ParticleEnv(args.scenario, 1).obs_sizes[0]
     learners = make_learners(args, n, obs_size, 2, "cpu")
     # the learner axis is seed-major: cut out this seed's agents
     chosen = {k: v.unflatten(0, (args.num_seeds, -1))[seed_index] for k, v in checkpoint["learners"].items()}
-    restore(learners, {"learners": chosen}, run)
+    restore(learners, {}, {"learners": chosen}, run)
     generator = torch.Generator().manual_seed(args.seed)
 
     def policy(observations: dict) -> dict:
@@ -772,7 +780,51 @@ def new_run_dir(args: Args) -> Path:
             return path
         except FileExistsError:
             continue
+        except OSError as error:
+            raise UserError(f"--run-dir {args.run_dir}: {error.strerror}; choose another folder") from None
     raise UserError(f"--run-dir {args.run_dir}: holds too many runs of this second")
+
+
+class Data(NamedTuple):
+    """The data set as training sees it, on the device."""
+
+    rows: Tensor  # [n, T, W] as in common.Dataset, rewards standardised
+    episodes: Tensor  # indices of (replicated) trajectories
+    stats: dict  # mean, std and max of the returns, number of transitions
+
+
+def load_data(args: Args, obs_size: int, action_size: int, num_agents: int, prey: dict | None, device) -> Data:
+    """Load the data set, making it first if there is none, keep `data_fraction` of it, and augment it.
+
+    Raises:
+        UserError: it is damaged, or was made with another prey.
+    """
+    if not common.dataset_path(args.data_dir, args.scenario, args.dataset).parent.exists():
+        import collect_datasets  # only when it is needed
+
+        with torch.random.fork_rng():  # so that this run equals the next one, which finds the data set made
+            collect_datasets.collect(args.scenario, args.dataset, data_dir=args.data_dir)
+    sizes = obs_size, action_size, num_agents, EPISODE_STEPS
+    data = common.load_dataset(args.data_dir, args.scenario, args.dataset, *sizes)
+    made_with = data.metadata.get("prey_checksum")
+    if prey is not None and made_with not in (None, common.policy_checksum(prey)):
+        raise UserError(f"{data.path}: made with another prey; pass it as --prey, or delete the folder to make it anew")
+    rows, returns = data.rows, data.returns
+    if args.data_fraction < 1:
+        kept = torch.randperm(len(returns))[: max(1, round(args.data_fraction * len(returns)))]
+        rows = rows.unflatten(1, (-1, EPISODE_STEPS))[:, kept].flatten(1, 2)
+        returns = returns[kept]
+    standardise_rewards(rows, obs_size, args.reward_scale)
+    thresholds = ()
+    if not args.no_augment:
+        thresholds = args.thresholds or torch.quantile(returns, torch.tensor(args.quantiles)).tolist()
+    stats = {
+        "mean": returns.mean().item(),
+        "std": returns.std(correction=0).item(),
+        "max": returns.max().item(),
+        "transitions": rows.shape[1],
+    }
+    return Data(rows.to(device), augment(returns, thresholds).to(device), stats)
 
 
 def train(args: Args) -> dict:
@@ -789,6 +841,10 @@ def train(args: Args) -> dict:
         for option in ("scenario", "dataset"):
             if getattr(args, option) not in (getattr(stored, option), getattr(Args, option)):
                 raise UserError(f"--{option} {getattr(args, option)}: {run} was trained on {getattr(stored, option)}")
+        if args.data_dir == Args.data_dir:  # not given: where the data were
+            args = replace(args, data_dir=stored.data_dir)
+        if args.resume and args.updates and args.updates < checkpoint["updates"]:
+            raise UserError(f"--updates {args.updates}: {run} has made {checkpoint['updates']} already")
         names = ("data_dir", "eval_episodes", "eval_candidates", "shift", "cuda", "capture_video")
         if args.resume:
             names = ("data_dir", "cuda", "capture_video", *(("updates",) if args.updates else ()))
@@ -796,6 +852,8 @@ def train(args: Args) -> dict:
             stored.updates = checkpoint["updates"]
         args = replace(stored, **{name: getattr(args, name) for name in ("resume", "eval_only", *names)})
     args = resolve(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise UserError("--track: wandb is not installed; run `pip install wandb`")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     env = ParticleEnv(args.scenario, 1)
     obs_size, action_size, n = env.obs_sizes[0], 2, env.spec.num_controlled
@@ -809,35 +867,13 @@ def train(args: Args) -> dict:
     else:
         prey = None
 
-    if not common.dataset_path(args.data_dir, args.scenario, args.dataset).parent.exists():
-        import collect_datasets  # only when it is needed
-
-        collect_datasets.collect(args.scenario, args.dataset, data_dir=args.data_dir)
-    data = common.load_dataset(args.data_dir, args.scenario, args.dataset, obs_size, action_size, n, EPISODE_STEPS)
-    made_with = data.metadata.get("prey_checksum")
-    if prey is not None and made_with not in (None, common.policy_checksum(prey)):
-        raise UserError(f"{data.path}: made with another prey; pass it as --prey, or delete the folder to make it anew")
     torch.manual_seed(args.seed)
-    rows, returns = data.rows, data.returns
-    if args.data_fraction < 1:
-        kept = torch.randperm(len(returns))[: max(1, round(args.data_fraction * len(returns)))]
-        rows = rows.unflatten(1, (-1, EPISODE_STEPS))[:, kept].flatten(1, 2)
-        returns = returns[kept]
-    del data
-    standardise_rewards(rows, obs_size, args.reward_scale)
-    rows = rows.to(device)
-    thresholds = ()
-    if not args.no_augment:
-        thresholds = args.thresholds or torch.quantile(returns, torch.tensor(args.quantiles)).tolist()
-    episodes = augment(returns, thresholds).to(device)  # Algorithm 2, line 2
-
+    data = None if args.eval_only else load_data(args, obs_size, action_size, n, prey, device)
     learners = make_learners(args, num_learners, obs_size, action_size, device)
     optimizers = make_optimizers(args, learners)
     first_update = 0
     if checkpoint is not None:
-        restore(learners, checkpoint, run)
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
+        restore(learners, optimizers, checkpoint, run)
         torch.set_rng_state(checkpoint["rng"])
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -848,7 +884,7 @@ def train(args: Args) -> dict:
 
     if not args.eval_only:
         print(f"{args.scenario}/{args.dataset}: {num_learners} learners ({args.num_seeds} seeds x {n} agents), {run}")
-        fit(args, learners, optimizers, rows, episodes, prey, first_update, run)
+        fit(args, learners, optimizers, data, prey, first_update, run)
 
     results = {
         "algorithm": "dom2" if args.eta > 0 else "bc",
@@ -861,12 +897,7 @@ def train(args: Args) -> dict:
             shift: evaluate(learners, args, shift, prey, device).tolist()
             for shift in dict.fromkeys(("none", args.shift))
         },
-        "data": {
-            "mean": returns.mean().item(),
-            "std": returns.std(correction=0).item(),
-            "max": returns.max().item(),
-            "transitions": rows.shape[1],
-        },
+        "data": checkpoint["data"] if data is None else data.stats,
         "settings": asdict(args),
         "hardware": hardware(device),
         "seconds": round(time.time() - started, 1),
@@ -882,16 +913,15 @@ def train(args: Args) -> dict:
     return results
 
 
-def fit(args: Args, learners, optimizers, rows, episodes, prey, first_update: int, run: Path) -> None:
+def fit(args: Args, learners, optimizers, data, prey, first_update: int, run: Path) -> None:
     """The loop of Algorithm 2, with its progress bar, logging, evaluations and checkpoints."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help needs none of it
 
     if args.track:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--track: wandb is not installed; run `pip install wandb`") from None
+        import wandb
+
         wandb.init(project="dom2", name=run.name, config=asdict(args), sync_tensorboard=True)
+    rows, episodes, data_stats = data
     device, L = rows.device, args.num_seeds * len(rows)
     obs_size = learners["policy"].net.obs_in.weight.shape[1]
 
@@ -905,7 +935,8 @@ def fit(args: Args, learners, optimizers, rows, episodes, prey, first_update: in
     for u in range(first_update + 1, args.updates + 1):
         metrics = step()
         bar.update()
-        if u % 100 == 0 or u == args.updates:
+        evaluates = u % args.eval_interval == 0 or u == args.updates
+        if u % 100 == 0 or evaluates:
             for tag, value in metrics.items():
                 if not torch.isfinite(value).all():
                     learner = int((~torch.isfinite(value)).nonzero()[0])
@@ -914,7 +945,7 @@ def fit(args: Args, learners, optimizers, rows, episodes, prey, first_update: in
                         f"not finite; continue from the last checkpoint in {run} or lower the learning rates"
                     )
                 writer.add_scalar(tag, value.mean().item(), u)
-        if u % args.eval_interval == 0 or u == args.updates:
+        if evaluates:
             score = evaluate(learners, args, "none", prey, device)
             writer.add_scalar("charts/episodic_return", score.mean().item(), u)
             normalised = common.normalised_score(args.scenario, score.mean().item())
@@ -923,7 +954,7 @@ def fit(args: Args, learners, optimizers, rows, episodes, prey, first_update: in
             writer.add_scalar("charts/action_std", spread, u)
             bar.set_postfix_str(f"return {score.mean():.1f}, normalised {normalised:.1f}")
             bar.refresh()
-            save_checkpoint(run, args, u, learners, optimizers, prey)
+            save_checkpoint(run, args, u, learners, optimizers, prey, data_stats)
     bar.close()
     writer.close()
 
