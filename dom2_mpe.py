@@ -121,7 +121,7 @@ class Args:
     bf16: bool = True
     """hidden layers compute in bfloat16, about twice as fast; parameters, inputs, outputs and losses stay float32"""
     compile: bool = False
-    """torch.compile the update; it takes a minute or two to start"""
+    """compile the update: a CUDA graph on a GPU; on a CPU torch.compile, which takes minutes to start"""
     run_dir: str = "runs"
     """folder in which this run's folder is made"""
     resume: str | None = None
@@ -229,7 +229,7 @@ class NoiseSchedule:
 
 def time_grid(num_steps: int) -> list[float]:
     """Diffusion times tau_N = 1 > ... > tau_0 = 1e-3, uniform: N + 1 floats, in denoising order."""
-    return [1.0 + (1e-3 - 1.0) * i / num_steps for i in range(num_steps + 1)]
+    return [1e-3 + (1 - 1e-3) * i / num_steps for i in range(num_steps, -1, -1)]
 
 
 def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int, clip: bool = False) -> Tensor:
@@ -545,8 +545,9 @@ def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int
 
 def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
     """Adam is elementwise: on stacked parameters it is one Adam per learner."""
+    options = {"fused": True, "capturable": next(learners.parameters()).is_cuda}  # as CUDA graphs need it
     lr = {"policy": args.actor_lr, "critic": args.critic_lr}
-    return {name: torch.optim.Adam(learners[name].parameters(), lr[name], fused=True) for name in lr}
+    return {name: torch.optim.Adam(learners[name].parameters(), lr[name], **options) for name in lr}
 
 
 def clip_gradients(module: nn.Module, num_learners: int, max_norm: float) -> None:
@@ -582,7 +583,7 @@ def sample_batch(rows: Tensor, episodes: Tensor, args: Args, num_learners: int, 
         rows: [n, T, W] as in common.Dataset. episodes: indices of (replicated) trajectories from `augment`.
     """
     n, T, W = rows.shape
-    L, B, A = num_learners, args.batch_size, W - 2 * obs_size - 2
+    L, B, A, N = num_learners, args.batch_size, W - 2 * obs_size - 2, args.diffusion_steps
     device = rows.device
     episode = episodes[torch.randint(len(episodes), (L, B), device=device)]
     step = torch.randint(EPISODE_STEPS, (L, B), device=device)
@@ -590,7 +591,6 @@ def sample_batch(rows: Tensor, episodes: Tensor, args: Args, num_learners: int, 
     index = agent * T + episode * EPISODE_STEPS + step
     batch = rows.view(n * T, W).index_select(0, index.flatten()).view(L, B, W)
     obs, action, reward, next_obs, _ = batch.split([obs_size, A, 1, obs_size, 1], -1)
-    grid = torch.tensor(time_grid(args.diffusion_steps), device=device)
     return Batch(
         obs=obs,
         action=action,
@@ -598,7 +598,7 @@ def sample_batch(rows: Tensor, episodes: Tensor, args: Args, num_learners: int, 
         next_obs=next_obs,
         target_noise=torch.randn(L, B, A, device=device),
         random_actions=torch.rand(L, B, 10, A, device=device) * 2 - 1,
-        tau=grid[torch.randint(len(grid), (L, B), device=device)],
+        tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,  # of `time_grid`
         eps=torch.randn(L, B, A, device=device),
         policy_noise=torch.randn(L, B, A, device=device),
     )
@@ -637,6 +637,32 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
     if args.eta > 0:
         soft_update(learners["target_critic"], learners["critic"], args.rho)
     return metrics
+
+
+def cuda_graph(step):
+    """`step()` as one CUDA graph: three ordinary calls, then it is recorded once and replayed at every further call.
+
+    A small update is some thousand kernels of a few microseconds, and starting them one by one takes longer than they
+    run. `step` must work on the same tensors every time and copy nothing from or to the host.
+    """
+    stream, graph, calls, output = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, None
+
+    def replay():
+        nonlocal calls, output
+        calls += 1
+        if calls <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                output = step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return output
+        if calls == 4:
+            with torch.cuda.graph(graph):
+                output = step()
+        graph.replay()
+        return output
+
+    return replay
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -929,7 +955,7 @@ def fit(args: Args, learners, optimizers, data, prey, first_update: int, run: Pa
         return update(learners, optimizers, sample_batch(rows, episodes, args, L, obs_size), args)
 
     if args.compile:
-        step = torch.compile(step)
+        step = cuda_graph(step) if device.type == "cuda" else torch.compile(step)
     writer = SummaryWriter(run, purge_step=first_update + 1)
     bar = tqdm(total=args.updates, initial=first_update, unit="update", dynamic_ncols=True)
     for u in range(first_update + 1, args.updates + 1):

@@ -1,0 +1,228 @@
+"""Speed and memory, one line `key: value` each, in under three minutes on a CPU.
+
+    python benchmark.py                # everything that this machine can measure
+    python benchmark.py --only gemm_fraction_cpu help_seconds
+
+Machines are noisy, so a ratio is measured inside one run: its two sides alternate, and the medians are compared. What
+needs a GPU is printed as "not measured" without one. The README shows the figures with the hardware they came from.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import dom2_mpe
+from particle_env import EPISODE_STEPS, ParticleEnv
+
+OBS_SIZE, ACTION_SIZE, NUM_AGENTS = 16, 2, 3  # of simple_tag
+
+
+def alternate(*functions, repeats: int = 15) -> list[float]:
+    """Median seconds of each function; they take turns, after two rounds that do not count."""
+    times = [[] for _ in functions]
+    for i in range(repeats + 2):
+        for function, record in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i >= 2:
+                record.append(time.perf_counter() - start)
+    return [statistics.median(record) for record in times]
+
+
+def make_step(num_learners: int, num_transitions: int = 100_000, device="cpu", dataset="random", **options):
+    """One update of `num_learners` learners with the settings of simple_tag, as a function without arguments."""
+    args = dom2_mpe.resolve(replace(dom2_mpe.Args(scenario="simple_tag", dataset=dataset), **options))
+    agents = min(num_learners, NUM_AGENTS)
+    rows = torch.randn(agents, num_transitions, 2 * OBS_SIZE + ACTION_SIZE + 2, device=device)
+    episodes = torch.arange(num_transitions // EPISODE_STEPS, device=device)
+    learners = dom2_mpe.make_learners(args, num_learners, OBS_SIZE, ACTION_SIZE, device)
+    optimizers = dom2_mpe.make_optimizers(args, learners)
+
+    def step():
+        batch = dom2_mpe.sample_batch(rows, episodes, args, num_learners, OBS_SIZE)
+        return dom2_mpe.update(learners, optimizers, batch, args)
+
+    return step
+
+
+def stacked_speedup_cpu() -> str:
+    """Three learners in one stack against the same three one after the other."""
+    stacked, single = make_step(3), [make_step(1) for _ in range(3)]
+    a, b = alternate(stacked, lambda: [step() for step in single])
+    return f"{b / a:.2f}"
+
+
+class RecordProducts(TorchDispatchMode):
+    """Collects the operands' shapes and type of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            a, b = args[-2:]
+            self.products.append((a.shape, b.shape, a.dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def gemm_fraction_cpu() -> str:
+    """Arithmetic rate of one update with widths 256 and batch 1,024 over that of its matrix products alone."""
+    step = make_step(3, batch_size=1024, widths=(256, 256, 256), critic_widths=(256, 256), dataset="medium")
+    with FlopCounterMode(display=False) as counter, RecordProducts() as record:
+        step()
+    operands = {}  # one pair per distinct product
+    for a, b, dtype in record.products:
+        if (a, b, dtype) not in operands:
+            operands[a, b, dtype] = torch.randn(a, dtype=dtype), torch.randn(b, dtype=dtype)
+
+    def products():
+        for product in record.products:
+            torch.bmm(*operands[product])
+
+    update, plain = alternate(step, products, repeats=3)
+    flops = counter.get_total_flops()
+    return f"{plain / update:.2f} ({flops / update / 1e9:.0f} of {flops / plain / 1e9:.0f} GFLOP/s)"
+
+
+def updates_per_second_cpu() -> str:
+    """The default run's update, all cores."""
+    return f"{1 / alternate(make_step(3))[0]:.1f}"
+
+
+def data_size_slowdown() -> str:
+    """Update time with 10^6 against 10^4 transitions."""
+    large, small = alternate(make_step(3, 1_000_000), make_step(3, 10_000), repeats=30)
+    return f"{large / small:.3f}"
+
+
+def run_script(folder: str, *arguments: str) -> tuple[float, float]:
+    """Seconds and peak resident GB of a script run in `folder`."""
+    start = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(common.ROOT)}
+    script, *rest = arguments
+    command = [sys.executable, str(common.ROOT / script), *rest]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"benchmark.py: `{' '.join(arguments)}` failed with exit code {process.returncode}")
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def peak_memory_gb() -> str:
+    """A default run on a data set of 10^6 transitions of simple_world, made beforehand."""
+    data = ("--scenario", "simple_world", "--dataset", "random")
+    with tempfile.TemporaryDirectory() as folder:
+        run_script(folder, "collect_datasets.py", *data)
+        _, peak = run_script(folder, "dom2_mpe.py", *data, "--updates", "50", "--eval-interval", "50", "--no-cuda")
+    return f"{peak:.2f}"
+
+
+def evaluation_seconds_cpu() -> str:
+    """1,000 episodes of simple_tag."""
+    args = dom2_mpe.resolve(dom2_mpe.Args(scenario="simple_tag", dataset="random"))
+    learners = dom2_mpe.make_learners(args, NUM_AGENTS, OBS_SIZE, ACTION_SIZE, "cpu")
+    prey_size = ParticleEnv("simple_tag", 1).obs_sizes[-1]
+    prey = common.load_prey(common.ROOT / "pretrained" / "simple_tag.pt", prey_size, "cpu")
+    seconds = alternate(lambda: dom2_mpe.evaluate(learners, args, "none", prey, "cpu"), repeats=3)[0]
+    return f"{seconds:.2f}"
+
+
+def env_steps_per_second_cpu() -> str:
+    """simple_tag, 1,024 worlds, one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    env = ParticleEnv("simple_tag", 1024)
+    env.reset()
+    actions = torch.rand(1024, env.num_agents, 2) * 2 - 1
+
+    def episode():
+        for _ in range(EPISODE_STEPS):
+            env.step(actions)
+
+    seconds = alternate(episode)[0]
+    torch.set_num_threads(threads)
+    return f"{1024 * EPISODE_STEPS / seconds:,.0f}"
+
+
+def help_seconds() -> str:
+    """Start-up: `python dom2_mpe.py --help`."""
+    return f"{statistics.median(run_script('.', 'dom2_mpe.py', '--help')[0] for _ in range(3)):.2f}"
+
+
+def graph_speedup_gpu() -> str:
+    """CUDA-graph captured against eager update."""
+    graph, eager = alternate(dom2_mpe.cuda_graph(make_step(3, device="cuda")), make_step(3, device="cuda"), repeats=100)
+    return f"{eager / graph:.2f}"
+
+
+def five_seeds_cost_gpu() -> str:
+    """Five seeds' update against one seed's, both as CUDA graphs."""
+    steps = [dom2_mpe.cuda_graph(make_step(n * NUM_AGENTS, device="cuda")) for n in (5, 1)]
+    five, one = alternate(*steps, repeats=100)
+    return f"{five / one:.2f}"
+
+
+def default_run_seconds_gpu() -> str:
+    """The default simple_tag run with five seeds, data collection and evaluation included."""
+    with tempfile.TemporaryDirectory() as folder:
+        return f"{run_script(folder, 'dom2_mpe.py', '--num-seeds', '5', '--compile')[0]:.0f}"
+
+
+MEASURES = [
+    stacked_speedup_cpu,
+    gemm_fraction_cpu,
+    updates_per_second_cpu,
+    data_size_slowdown,
+    peak_memory_gb,
+    evaluation_seconds_cpu,
+    env_steps_per_second_cpu,
+    help_seconds,
+    graph_speedup_gpu,
+    five_seeds_cost_gpu,
+    default_run_seconds_gpu,
+]
+
+
+@dataclass
+class Args:
+    only: tuple[str, ...] = ()
+    """keys to measure; default: all"""
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__)
+    names = [measure.__name__ for measure in MEASURES]
+    for name in args.only:
+        common.check_choice("--only", name, names)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"hardware: {dom2_mpe.hardware(device)}")
+    for measure in MEASURES:
+        if args.only and measure.__name__ not in args.only:
+            continue
+        if measure.__name__.endswith("_gpu") and device.type == "cpu":
+            print(f"{measure.__name__}: not measured (needs a CUDA GPU)", flush=True)
+        else:
+            print(f"{measure.__name__}: {measure()}", flush=True)
+
+
+if __name__ == "__main__":
+    common.run(main)

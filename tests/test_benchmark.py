@@ -1,0 +1,55 @@
+"""benchmark.py counts what it says it counts, and the captured update is the eager one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+import dom2_mpe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_recorded_products_hold_the_arithmetic_of_an_update():
+    step = benchmark.make_step(3, 1_000, batch_size=8, widths=(16, 16), critic_widths=(16,), dataset="medium")
+    with FlopCounterMode(display=False) as counter, benchmark.RecordProducts() as record:
+        step()
+    flops = sum(2 * a[0] * a[1] * a[2] * b[2] for a, b, _ in record.products)
+    assert flops == counter.get_total_flops() > 0
+
+
+def test_alternating_functions_take_turns():
+    calls = []
+    times = benchmark.alternate(lambda: calls.append("a"), lambda: calls.append("b"), repeats=3)
+    assert calls == ["a", "b"] * 5 and len(times) == 2
+
+
+def test_command_prints_one_line_per_key_and_refuses_unknown_ones():
+    def run(*arguments):
+        command = [sys.executable, str(ROOT / "benchmark.py"), "--only", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run("help_seconds")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and [line.split(": ")[0] for line in lines] == ["hardware", "help_seconds"]
+    wrong = run("speed")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --only speed") and not wrong.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and a CUDA build of torch")
+def test_cuda_graph_equals_eager_updates():
+    results = []
+    for capture in (False, True):
+        torch.manual_seed(0)
+        step = benchmark.make_step(3, 1_000, device="cuda", batch_size=32)
+        if capture:
+            step = dom2_mpe.cuda_graph(step)
+        for _ in range(10):
+            metrics = step()
+        results.append({k: v.clone() for k, v in metrics.items()})
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=1e-4)
