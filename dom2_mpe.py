@@ -274,7 +274,10 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_learners, 1, out_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.to(x.dtype), x, self.weight.to(x.dtype))
+        bias, weight = self.bias.to(x.dtype), self.weight.to(x.dtype)
+        if weight.shape[2] == 1:  # as a matrix product, one column is slow, most of all backwards
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
 
 
 class TimeFeatures(nn.Module):
