@@ -6,8 +6,11 @@ import csv
 import ctypes
 import hashlib
 import json
+import signal
 import sys
+import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +48,30 @@ def keep_freed_memory() -> None:
 
 
 def run(main) -> None:
-    """Run `main()`; a UserError ends the program with its one line and exit code 2."""
+    """Run `main()`; a UserError ends the program with its one line and exit code 2, Ctrl-C with 130."""
     keep_freed_memory()
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def catch_signals():
+    """Within the context SIGINT and SIGTERM do not interrupt: their numbers are appended to the list it yields."""
+    caught, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def check_choice(option: str, value: str, choices) -> None:

@@ -729,7 +729,7 @@ def diversity(learners: nn.ModuleDict, rows: Tensor, obs_size: int) -> Tensor:
 
 
 def save_checkpoint(path: Path, args: Args, updates: int, learners, optimizers, prey, data_stats) -> None:
-    """Everything that continuing bit for bit needs, written beside the old checkpoint and then put in its place."""
+    """Everything that continuing bit for bit needs; the checkpoint before is kept as checkpoint-previous.pt."""
     checkpoint = {
         "args": asdict(args),
         "updates": updates,
@@ -741,17 +741,26 @@ def save_checkpoint(path: Path, args: Args, updates: int, learners, optimizers, 
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
     torch.save(checkpoint, path / "checkpoint.tmp")
+    if (path / "checkpoint.pt").exists():
+        os.replace(path / "checkpoint.pt", path / "checkpoint-previous.pt")
     os.replace(path / "checkpoint.tmp", path / "checkpoint.pt")
 
 
 def load_checkpoint(run: str | Path) -> tuple[Args, dict]:
-    """Options and contents of a run folder's checkpoint.
+    """Options and contents of a run folder's checkpoint, or of the one before it if the newest cannot be read.
 
     Raises:
         UserError: there is none, or it is damaged or another program's.
     """
-    path = Path(run) / "checkpoint.pt"
-    checkpoint = common.load_torch(path)
+    path, previous = Path(run) / "checkpoint.pt", Path(run) / "checkpoint-previous.pt"
+    try:
+        checkpoint = common.load_torch(path)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        checkpoint = common.load_torch(previous)
+        os.replace(previous, path)
+        print(f"warning: {error}; using the one before, of update {checkpoint['updates']}", file=sys.stderr)
     try:
         if not {"updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"} <= checkpoint.keys():
             raise KeyError
@@ -961,31 +970,36 @@ def fit(args: Args, learners, optimizers, data, prey, first_update: int, run: Pa
         step = cuda_graph(step) if device.type == "cuda" else torch.compile(step)
     writer = SummaryWriter(run, purge_step=first_update + 1)
     bar = tqdm(total=args.updates, initial=first_update, unit="update", dynamic_ncols=True)
-    for u in range(first_update + 1, args.updates + 1):
-        metrics = step()
-        bar.update()
-        evaluates = u % args.eval_interval == 0 or u == args.updates
-        if u % 100 == 0 or evaluates:
-            for tag, value in metrics.items():
-                if not torch.isfinite(value).all():
-                    learner = int((~torch.isfinite(value)).nonzero()[0])
-                    raise UserError(
-                        f"update {u}: {tag} of seed {args.seed + learner // len(rows)}, agent {learner % len(rows)} is "
-                        f"not finite; continue from the last checkpoint in {run} or lower the learning rates"
-                    )
-                writer.add_scalar(tag, value.mean().item(), u)
-        if evaluates:
-            score = evaluate(learners, args, "none", prey, device)
-            writer.add_scalar("charts/episodic_return", score.mean().item(), u)
-            normalised = common.normalised_score(args.scenario, score.mean().item())
-            writer.add_scalar("charts/normalised_score", normalised, u)
-            spread = diversity(learners, rows, obs_size).mean().item()
-            writer.add_scalar("charts/action_std", spread, u)
-            bar.set_postfix_str(f"return {score.mean():.1f}, normalised {normalised:.1f}")
-            bar.refresh()
-            save_checkpoint(run, args, u, learners, optimizers, prey, data_stats)
-    bar.close()
-    writer.close()
+    with writer, bar, common.catch_signals() as stopped:
+        for u in range(first_update + 1, args.updates + 1):
+            metrics = step()
+            bar.update()
+            evaluates = u % args.eval_interval == 0 or u == args.updates
+            if u % 100 == 0 or evaluates or stopped:
+                for tag, value in metrics.items():
+                    if not torch.isfinite(value).all():
+                        learner = int((~torch.isfinite(value)).nonzero()[0])
+                        seed, agent = args.seed + learner // len(rows), learner % len(rows)
+                        raise UserError(
+                            f"update {u}: {tag} of seed {seed}, agent {agent} is not finite; continue from the last "
+                            f"checkpoint in {run} or lower the learning rates"
+                        )
+                    writer.add_scalar(tag, value.mean().item(), u)
+            if evaluates:
+                score = evaluate(learners, args, "none", prey, device)
+                writer.add_scalar("charts/episodic_return", score.mean().item(), u)
+                normalised = common.normalised_score(args.scenario, score.mean().item())
+                writer.add_scalar("charts/normalised_score", normalised, u)
+                spread = diversity(learners, rows, obs_size).mean().item()
+                writer.add_scalar("charts/action_std", spread, u)
+                bar.set_postfix_str(f"return {score.mean():.1f}, normalised {normalised:.1f}")
+                bar.refresh()
+            if evaluates or stopped:
+                save_checkpoint(run, args, u, learners, optimizers, prey, data_stats)
+            if stopped:
+                bar.close()
+                print(f"stopped after update {u}; go on with: python dom2_mpe.py --resume {run}")
+                raise SystemExit(128 + stopped[0])
 
 
 def print_table(results: dict) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -264,6 +265,40 @@ def test_resume_continues_bit_for_bit(small, tmp_path, monkeypatch):
             events.Reload()
             logs.append({event.step: event.value for event in events.Scalars(name)})
         assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_go_on(number, small, tmp_path, monkeypatch, capsys):
+    whole = dom2_mpe.train(Args(**small | dict(run_dir=str(tmp_path / "whole"))))
+    calls, update = [], dom2_mpe.update
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 3:  # in the middle of an update between two checkpoints
+            os.kill(os.getpid(), number)
+        return update(*args)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(dom2_mpe, "update", signalled)
+        dom2_mpe.train(Args(**small))
+    assert exit.value.code == 128 + number and signal.getsignal(number) is handler
+    run = the_run(tmp_path / "runs")
+    assert f"stopped after update 3; go on with: python dom2_mpe.py --resume {run}" in capsys.readouterr().out
+    resumed = dom2_mpe.train(Args(resume=str(run), data_dir=small["data_dir"]))
+    assert resumed["returns"] == whole["returns"]
+    assert_same_checkpoint(run, the_run(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(f.read_bytes()[:999]), lambda f: f.unlink()])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, small, tmp_path, capsys):
+    whole = dom2_mpe.train(Args(**small))
+    run = the_run(tmp_path / "runs")
+    last = torch.load(run / "checkpoint.pt", weights_only=True)["updates"]
+    damage(run / "checkpoint.pt")
+    resumed = dom2_mpe.train(Args(resume=str(run), data_dir=small["data_dir"]))
+    assert "warning: " in capsys.readouterr().err and resumed["returns"] == whole["returns"]
+    assert torch.load(run / "checkpoint-previous.pt", weights_only=True)["updates"] < last
 
 
 def test_resume_goes_on_to_more_updates(small, tmp_path):
