@@ -1,0 +1,65 @@
+"""The committed results are complete, and the README shows what they hold and nothing else."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+import common
+from particle_env import SCENARIOS
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "results").glob("*/*.json"))
+KEYS = {
+    *("algorithm", "scenario", "dataset", "num_seeds", "updates", "eval_episodes", "returns", "data", "settings"),
+    *("hardware", "seconds", "command", "commit"),
+}
+
+
+def load(algorithm, scenario, dataset):
+    path = ROOT / "results" / algorithm / f"{scenario}-{dataset}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_results_file_is_complete_and_in_its_place(path):
+    results = json.loads(path.read_text())
+    assert results.keys() >= KEYS
+    assert results["data"].keys() >= {"mean", "std", "max", "transitions"}
+    assert path == ROOT / "results" / results["algorithm"] / f"{results['scenario']}-{results['dataset']}.json"
+    assert results["returns"].keys() == {"none", "speed"}
+    assert all(len(returns) == results["num_seeds"] >= 3 for returns in results["returns"].values())
+    assert results["eval_episodes"] >= 1000
+    assert re.fullmatch("[0-9a-f]{40}", results["commit"]) and results["command"].startswith("python dom2_mpe.py ")
+
+
+def mean_std(mean, std):
+    return f"{mean:.1f} ± {std:.1f}"
+
+
+def row(scenario, dataset):
+    """The README's row of a data set, from the raw files alone."""
+    results = {name: load(name, scenario, dataset) for name in ("dom2", "bc")}
+    cells = {}
+    for shift in ("none", "speed"):
+        for name, result in results.items():
+            x = result and result["returns"][shift]
+            cells[name, shift] = mean_std(statistics.mean(x), statistics.pstdev(x)) if x else "not run"
+        cells["paper", shift] = mean_std(*common.paper_result(scenario, dataset, shift))
+    data = next((r["data"] for r in results.values() if r), None)
+    cells["data"] = f"{data['mean']:.1f} ({data['max']:.0f})" if data else ""
+    ours = results["dom2"] and common.normalised_score(scenario, statistics.mean(results["dom2"]["returns"]["none"]))
+    paper = common.normalised_score(scenario, common.paper_result(scenario, dataset, "none")[0])
+    cells["normalised"] = f"{f'{ours:.1f}' if results['dom2'] else '-'} / {paper:.1f}"
+    order = [("dom2", "none"), ("bc", "none"), "data", ("paper", "none"), "normalised"]
+    order += [("dom2", "speed"), ("bc", "speed"), ("paper", "speed")]
+    return f"| `{scenario}` {dataset} | " + " | ".join(cells[key] for key in order) + " |"
+
+
+@pytest.mark.parametrize("dataset", common.DATASETS)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_readme_shows_the_raw_results(scenario, dataset):
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert row(scenario, dataset) in lines
