@@ -2,7 +2,7 @@
 
     python collect_datasets.py                                              # all 18 data sets, 10^6 transitions each
     python collect_datasets.py --scenario simple_tag --dataset random expert
-    python collect_datasets.py --train --scenario simple_tag                # retrain the behaviour policies first
+    python collect_datasets.py --train --overwrite --scenario simple_tag    # retrain the behaviour policies first
 
 A data set is a folder `datasets/<scenario>/<dataset>/seed_0_data` of plain .npy arrays, one per agent and quantity
 (`obs_i`, `acs_i`, `rews_i`, `next_obs_i`, `dones_i`, float32, whole episodes one after the other), the layout of the

@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next update instead of handing it back to the kernel.
 
     An update frees and asks for the same blocks every time. Without this each of them is mapped and its pages are
-    fetched anew, about ten thousand page faults an update, which on a virtual machine can cost half of the time.
+    fetched anew: page faults by the thousand in every update, which are slow on virtual machines most of all.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

@@ -420,9 +420,9 @@ class TwinCritic(nn.Module):
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         L, B, K, A = actions.shape
-        twice = torch.arange(2 * L, device=obs.device) // 2
-        x = self.action_in(actions.reshape(L, B * K, A)[twice]).view(2 * L, B, K, -1)
-        x = (x + self.obs_in(obs[twice])[:, :, None]).flatten(1, 2).to(dtype=self.precision)  # [2 L, B * K, H]
+        x = self.action_in(actions.reshape(L, B * K, A).repeat_interleave(2, 0)).view(2 * L, B, K, -1)
+        x = x + self.obs_in(obs.repeat_interleave(2, 0))[:, :, None]
+        x = x.flatten(1, 2).to(dtype=self.precision)  # [2 L, B * K, H]
         for layer in self.layers[:-1]:
             x = layer(F.relu(x))
         return self.layers[-1](F.relu(x).to(obs.dtype)).view(L, 2, B, K)
