@@ -47,12 +47,13 @@ def make_step(num_learners: int, num_transitions: int = 100_000, device="cpu", d
     args = dom2_mpe.resolve(replace(dom2_mpe.Args(scenario="simple_tag", dataset=dataset), **options))
     agents = min(num_learners, NUM_AGENTS)
     rows = torch.randn(agents, num_transitions, 2 * OBS_SIZE + ACTION_SIZE + 2, device=device)
-    episodes = torch.arange(num_transitions // EPISODE_STEPS, device=device)
+    index = torch.arange(num_transitions, device=device)
+    data = dom2_mpe.Data(rows, None, None, None, index, OBS_SIZE, {})
     learners = dom2_mpe.make_learners(args, num_learners, OBS_SIZE, ACTION_SIZE, device)
     optimizers = dom2_mpe.make_optimizers(args, learners)
 
     def step():
-        batch = dom2_mpe.sample_batch(rows, episodes, args, num_learners, OBS_SIZE)
+        batch = dom2_mpe.sample_batch(data, args, num_learners)
         return dom2_mpe.update(learners, optimizers, batch, args)
 
     return step
@@ -140,7 +141,11 @@ def evaluation_seconds_cpu() -> str:
     learners = dom2_mpe.make_learners(args, NUM_AGENTS, OBS_SIZE, ACTION_SIZE, "cpu")
     prey_size = ParticleEnv("simple_tag", 1).obs_sizes[-1]
     prey = common.load_prey(common.ROOT / "pretrained" / "simple_tag.pt", prey_size, "cpu")
-    seconds = alternate(lambda: dom2_mpe.evaluate(learners, args, "none", prey, "cpu"), repeats=3)[0]
+
+    def act(obs, generator):
+        return dom2_mpe.act(learners, obs, args, generator)
+
+    seconds = alternate(lambda: dom2_mpe.evaluate(act, args, "none", prey, "cpu"), repeats=3)[0]
     return f"{seconds:.2f}"
 
 

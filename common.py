@@ -6,12 +6,13 @@ import csv
 import ctypes
 import hashlib
 import json
+import math
 import signal
 import sys
 import threading
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ NORMALISATION = {
     "simple_world": (79.5, -6.8),
     "HalfCheetah": (3568.8, -284.0),
 }
+# the paper's names of the algorithms of this repository
+PAPER_NAMES = {"ma_cql": "MA-CQL", "omar": "OMAR", "ma_sfbc": "MA-SfBC", "madiff": "MADiff"}
 
 
 class UserError(Exception):
@@ -78,6 +81,41 @@ def check_choice(option: str, value: str, choices) -> None:
     """Raise a UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{option} {value}: unknown; choose one of {', '.join(choices)}")
+
+
+# What an option may be: names, the rule in words, the rule
+RULES = (
+    (
+        ("num_seeds", "updates", "batch_size", "eval_interval", "eval_episodes", "eval_candidates", "diffusion_steps"),
+        "at least 1",
+        lambda x: x >= 1,
+    ),
+    (
+        ("eta", "zeta", "bc_weight", "max_grad_norm", "beta_min", "beta_max", "reward_scale"),
+        "finite and not negative",
+        lambda x: 0 <= x < math.inf,
+    ),
+    (("data_fraction", "rho", "actor_lr", "critic_lr"), "in (0, 1]", lambda x: 0 < x <= 1),
+    (("gamma",), "in [0, 1)", lambda x: 0 <= x < 1),
+    (("widths", "critic_widths"), "at least one width, each at least 1", lambda x: x and min(x) >= 1),
+    (("quantiles",), "numbers in [0, 1]", lambda x: all(0 <= q <= 1 for q in x)),
+)
+
+
+def check_options(args, rules=RULES) -> None:
+    """Raise a UserError at the first option of the dataclass `args` that breaks its rule."""
+    for names, words, holds in rules:
+        for name in names:
+            if hasattr(args, name) and not holds(getattr(args, name)):
+                value = getattr(args, name)
+                value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be {words}")
+
+
+def fill(args, names, values):
+    """Set those of the options `names` that were left open (None) to `values`; whatever was given stays."""
+    defaults = zip(names, values, strict=True)
+    return replace(args, **{name: value for name, value in defaults if getattr(args, name) is None})
 
 
 def normalised_score(scenario: str, episode_return: float) -> float:

@@ -47,7 +47,9 @@ from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
 
 
 @dataclass
-class Args:
+class RunArgs:
+    """Options of a run, whatever the algorithm."""
+
     scenario: str = "simple_tag"
     """simple_spread (cooperative navigation), simple_tag (predator-prey) or simple_world"""
     dataset: str = "random"
@@ -56,17 +58,53 @@ class Args:
     """folder of the data sets; one that is missing there is made first"""
     data_fraction: float = 1.0
     """share of the data set's trajectories to learn from, in (0, 1]"""
+    thresholds: tuple[float, ...] | None = None
+    """returns r_th above which a trajectory is replicated (Algorithm 1); default: --quantiles of the data's returns"""
+    quantiles: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95, 0.99)
+    """quantiles of the data set's returns used as thresholds"""
+    augment: bool = True
+    """replicate high-return trajectories (Algorithm 1), or learn from the data set as it is"""
     prey: str | None = None
     """frozen prey of simple_tag and simple_world; default: pretrained/; for data from elsewhere give theirs"""
     seed: int = 0
     """seed of the first of the runs, and of everything random"""
     num_seeds: int = 1
     """independent runs S, trained side by side in one program"""
-
     updates: int | None = None
     """gradient updates T of Algorithm 2; None here and below: from SETTINGS"""
     batch_size: int = 256
     """transitions per learner and update"""
+    raw_rewards: bool = False
+    """keep the rewards as they are instead of standardising them over the data set (mean 0, standard deviation 1)"""
+    reward_scale: float = 1.0
+    """factor on the (standardised) rewards"""
+
+    eval_interval: int = 1000
+    """updates between evaluations in the standard environment"""
+    eval_episodes: int = 1000
+    """episodes per seed of every evaluation"""
+    shift: str = "speed"
+    """shifted environment of the final evaluation: speed or none"""
+    cuda: bool = True
+    """use a GPU when there is one"""
+    compile: bool = False
+    """compile the update: a CUDA graph on a GPU; on a CPU torch.compile, which takes minutes to start"""
+    run_dir: str = "runs"
+    """folder in which this run's folder is made"""
+    resume: str | None = None
+    """run folder to continue with its options from its checkpoint; --updates may be raised"""
+    eval_only: str | None = None
+    """run folder whose checkpoint to evaluate without training"""
+    capture_video: bool = False
+    """write a GIF of the trained policy to the run folder"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+
+
+@dataclass
+class Args(RunArgs):
+    """Options of DOM2."""
+
     actor_lr: float | None = None
     """Adam's learning rate of the diffusion policies"""
     critic_lr: float | None = None
@@ -81,8 +119,6 @@ class Args:
     """weight of the diffusion loss in Eq. 5"""
     zeta: float | None = None
     """weight of the conservative term in Eq. 1; 0 turns it off"""
-    reward_scale: float = 1.0
-    """scale of the rewards after they have been standardised over the data set (mean 0, standard deviation 1)"""
     max_grad_norm: float = 0.0
     """largest gradient norm per learner and network; 0: no clipping"""
 
@@ -100,38 +136,10 @@ class Args:
     """widths of the noise network's layers; of its downward half for residual"""
     critic_widths: tuple[int, ...] | None = None
     """widths of the critics' hidden layers"""
-
-    thresholds: tuple[float, ...] | None = None
-    """returns r_th above which a trajectory is replicated (Algorithm 1); default: --quantiles of the data's returns"""
-    quantiles: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95, 0.99)
-    """quantiles of the data set's returns used as thresholds"""
-    no_augment: bool = False
-    """learn from the data set as it is"""
-
-    eval_interval: int = 1000
-    """updates between evaluations in the standard environment"""
-    eval_episodes: int = 1000
-    """episodes per seed of every evaluation"""
     eval_candidates: int = 1
     """actions sampled per decision in evaluation; above 1, the one with the highest Q acts"""
-    shift: str = "speed"
-    """shifted environment of the final evaluation: speed or none"""
-    cuda: bool = True
-    """use a GPU when there is one"""
     bf16: bool = True
     """hidden layers compute in bfloat16, about twice as fast; parameters, inputs, outputs and losses stay float32"""
-    compile: bool = False
-    """compile the update: a CUDA graph on a GPU; on a CPU torch.compile, which takes minutes to start"""
-    run_dir: str = "runs"
-    """folder in which this run's folder is made"""
-    resume: str | None = None
-    """run folder to continue with its options from its checkpoint; --updates may be raised"""
-    eval_only: str | None = None
-    """run folder whose checkpoint to evaluate without training"""
-    capture_video: bool = False
-    """write a GIF of the trained policy to the run folder"""
-    track: bool = False
-    """also log to Weights & Biases (needs `pip install wandb`)"""
 
 
 # What differs per scenario and data set, found by experiment (README, "Settings"). An option on the command line wins.
@@ -169,33 +177,19 @@ def resolve(args: Args) -> Args:
     common.check_choice("--shift", args.shift, ("speed", "none"))
     common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
     common.check_choice("--prediction", args.prediction, ("action", "noise"))
-    settings = dict(zip(SETTING_NAMES, SETTINGS[args.scenario, args.dataset], strict=True))
-    args = replace(args, **{name: value for name, value in settings.items() if getattr(args, name) is None})
-    for option in ("num_seeds", "updates", "batch_size", "diffusion_steps", "eval_interval", "eval_episodes"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least 1")
-    for option in ("eta", "zeta", "bc_weight", "max_grad_norm", "beta_min", "reward_scale"):
-        if not 0 <= getattr(args, option) < math.inf:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be finite and not negative")
-    for option in ("data_fraction", "rho", "actor_lr", "critic_lr"):
-        if not 0 < getattr(args, option) <= 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be in (0, 1]")
-    if not 0 <= args.gamma < 1:
-        raise UserError(f"--gamma {args.gamma}: must be in [0, 1)")
-    if not args.beta_min < args.beta_max < math.inf:
-        raise UserError(f"--beta-max {args.beta_max}: must be finite and above --beta-min {args.beta_min}")
-    for option in ("widths", "critic_widths"):
-        if not getattr(args, option) or min(getattr(args, option)) < 1:
-            raise UserError(f"--{option.replace('_', '-')}: give at least one width, each at least 1")
-    if not all(0 <= q <= 1 for q in args.quantiles):
-        raise UserError("--quantiles: each must be in [0, 1]")
+    args = common.fill(args, SETTING_NAMES, SETTINGS[args.scenario, args.dataset])
+    common.check_options(args)
+    if args.beta_min >= args.beta_max:
+        raise UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")
     if args.eta == 0 and args.bc_weight == 0:
         raise UserError("--eta 0 --bc-weight 0: nothing is left to learn from; give one of them a positive weight")
-    if args.eval_candidates < 1:
-        raise UserError(f"--eval-candidates {args.eval_candidates}: must be at least 1")
     if args.eval_candidates > 1 and args.eta == 0:
         raise UserError("--eval-candidates chooses by Q, but --eta 0 trains no critic; give --eta a positive weight")
     return args
+
+
+def algorithm_name(args: Args) -> str:
+    return "dom2" if args.eta > 0 else "bc"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -439,6 +433,7 @@ class Batch(NamedTuple):
     action: Tensor  # [L, B, A]
     reward: Tensor  # [L, B]
     next_obs: Tensor  # [L, B, d]
+    done: Tensor  # [L, B], 1 after a terminal state
     target_noise: Tensor  # [L, B, A], starts the target policy's chain
     random_actions: Tensor  # [L, B, 10, A], uniform in [-1, 1]
     tau: Tensor  # [L, B], diffusion times of Eq. 3
@@ -449,7 +444,8 @@ class Batch(NamedTuple):
 def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float, zeta: float):
     """Eq. 1, summed over the twin critics: TD error plus zeta times the conservative term.
 
-    (r + gamma min_k Qbar_k(o', pibar(o')) - Q(o, a))^2 + zeta (log sum_{10 uniform a~} exp Q(o, a~) - Q(o, a))
+    (r + gamma (1 - done) min_k Qbar_k(o', pibar(o')) - Q(o, a))^2
+        + zeta (log sum_{10 uniform a~} exp Q(o, a~) - Q(o, a))
 
     Returns:
         loss [L], and a dict of metrics [L].
@@ -457,7 +453,7 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float
     with torch.no_grad():
         next_action = target_policy(batch.next_obs, batch.target_noise)
         next_q = target_critic(batch.next_obs, next_action[:, :, None]).amin(1)[..., 0]  # [L, B]
-        target = (batch.reward + gamma * next_q)[:, None]  # [L, 1, B]
+        target = (batch.reward + gamma * (1 - batch.done) * next_q)[:, None]  # [L, 1, B]
     actions = batch.action[:, :, None]
     if zeta > 0:
         actions = torch.cat([actions, batch.random_actions], 2)  # [L, B, 11, A]
@@ -568,37 +564,51 @@ def soft_update(target: nn.Module, source: nn.Module, rho: float) -> None:
         torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rho)
 
 
-def standardise_rewards(rows: Tensor, obs_size: int, scale: float) -> None:
-    """In place: rewards of all agents to mean 0 and standard deviation `scale`.
+def standardise_rewards(rows: Tensor, obs_size: int) -> None:
+    """In place: rewards of all agents to mean 0 and standard deviation 1.
 
     Without terminal states a constant added to every reward adds the same to every Q-value: no policy gains by it, but
     the critics need not learn a large offset, and E[abs(Q)], Eq. 5's normaliser, measures how much states differ.
     """
     reward = rows[:, :, -obs_size - 2]
     mean, std = reward.double().mean(), reward.double().std()
-    reward.sub_(mean.float()).mul_((scale / std.clamp(min=1e-8)).float())
+    reward.sub_(mean.float()).div_(std.clamp(min=1e-8).float())
 
 
-def sample_batch(rows: Tensor, episodes: Tensor, args: Args, num_learners: int, obs_size: int) -> Batch:
-    """Algorithm 2, line 5: independent minibatches for all learners, and the random numbers of their update.
+class Data(NamedTuple):
+    """The data set as training sees it, on the device: n agents, T transitions, trajectory after trajectory."""
 
-    Args:
-        rows: [n, T, W] as in common.Dataset. episodes: indices of (replicated) trajectories from `augment`.
+    rows: Tensor  # [n, T, W] as in common.Dataset, rewards standardised
+    starts: Tensor  # [trajectories], row in which each begins
+    lengths: Tensor  # [trajectories], its number of rows
+    episodes: Tensor  # `augment`'s indices of (replicated) trajectories
+    index: Tensor  # the rows of all those trajectories: sampled uniformly, this is Algorithm 1's data set
+    obs_size: int
+    stats: dict  # mean, std and max of the returns, number of transitions
+
+
+def sample_transitions(data: Data, num_learners: int, batch_size: int) -> tuple[Tensor, ...]:
+    """Algorithm 2, line 5: an independent minibatch for each learner, from its own agent's column.
+
+    Returns:
+        obs [L, B, d], action [L, B, A], reward [L, B], next_obs [L, B, d], done [L, B]
     """
-    n, T, W = rows.shape
-    L, B, A, N = num_learners, args.batch_size, W - 2 * obs_size - 2, args.diffusion_steps
-    device = rows.device
-    episode = episodes[torch.randint(len(episodes), (L, B), device=device)]
-    step = torch.randint(EPISODE_STEPS, (L, B), device=device)
-    agent = torch.arange(L, device=device)[:, None] % n
-    index = agent * T + episode * EPISODE_STEPS + step
-    batch = rows.view(n * T, W).index_select(0, index.flatten()).view(L, B, W)
-    obs, action, reward, next_obs, _ = batch.split([obs_size, A, 1, obs_size, 1], -1)
+    n, T, W = data.rows.shape
+    L, B, d, device = num_learners, batch_size, data.obs_size, data.rows.device
+    row = data.index[torch.randint(len(data.index), (L, B), device=device)]
+    row = row + torch.arange(L, device=device)[:, None] % n * T
+    batch = data.rows.view(n * T, W).index_select(0, row.flatten()).view(L, B, W)
+    obs, action, reward, next_obs, done = batch.split([d, W - 2 * d - 2, 1, d, 1], -1)
+    return obs, action, reward[..., 0], next_obs, done[..., 0]
+
+
+def sample_batch(data: Data, args: Args, num_learners: int) -> Batch:
+    """Minibatches for all learners, and the random numbers of their update."""
+    transitions = sample_transitions(data, num_learners, args.batch_size)
+    L, B, A = transitions[1].shape
+    N, device = args.diffusion_steps, data.rows.device
     return Batch(
-        obs=obs,
-        action=action,
-        reward=reward[..., 0],
-        next_obs=next_obs,
+        *transitions,
         target_noise=torch.randn(L, B, A, device=device),
         random_actions=torch.rand(L, B, 10, A, device=device) * 2 - 1,
         tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,  # of `time_grid`
@@ -673,10 +683,10 @@ def cuda_graph(step):
 
 
 @torch.no_grad()
-def act(learners: nn.ModuleDict, obs: Tensor, num_candidates: int, generator: torch.Generator) -> Tensor:
-    """Sample actions: obs [L, E, d] -> [L, E, A]; the best by Q of `num_candidates` where that is above 1."""
+def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
+    """Sample actions: obs [L, E, d] -> [L, E, A]; the best by Q of `eval_candidates` where that is above 1."""
     L, E, _ = obs.shape
-    K, A = num_candidates, learners["critic"].action_in.weight.shape[1]
+    K, A = args.eval_candidates, learners["critic"].action_in.weight.shape[1]
     noise = torch.randn(L, E * K, A, generator=generator, device=obs.device)
     actions = learners["policy"](obs.repeat_interleave(K, 1), noise).view(L, E, K, A)
     if K == 1:
@@ -686,8 +696,11 @@ def act(learners: nn.ModuleDict, obs: Tensor, num_candidates: int, generator: to
 
 
 @torch.no_grad()
-def rollout(learners, args: Args, env: ParticleEnv, prey: dict | None, on_step=None) -> Tensor:
-    """Play one episode in every world of `env`, worlds shared out over the S seeds' teams: team returns [S, E]."""
+def rollout(act, args: RunArgs, env: ParticleEnv, prey: dict | None, on_step=None) -> Tensor:
+    """Play one episode in every world of `env`, worlds shared out over the S seeds' teams: team returns [S, E].
+
+    `act` maps observations [L, E, d] and a torch.Generator to actions [L, E, A].
+    """
     S, n = args.num_seeds, env.spec.num_controlled
     E = env.num_envs // S
     generator = torch.Generator(env.device).manual_seed(args.seed + 20_000)
@@ -696,8 +709,7 @@ def rollout(learners, args: Args, env: ParticleEnv, prey: dict | None, on_step=N
         if on_step is not None:
             on_step()
         x = torch.stack(obs[:n], 1).view(S, E, n, -1).transpose(1, 2).flatten(0, 1)  # [L, E, d], seed-major
-        actions = act(learners, x, args.eval_candidates, generator)
-        actions = actions.view(S, n, E, -1).transpose(1, 2).flatten(0, 1)  # [S * E, n, A]
+        actions = act(x, generator).view(S, n, E, -1).transpose(1, 2).flatten(0, 1)  # [S * E, n, A]
         if prey is not None:
             actions = torch.cat([actions, common.policy_action(prey, obs[n])[:, None]], 1)
         obs, rewards = env.step(actions)
@@ -705,30 +717,28 @@ def rollout(learners, args: Args, env: ParticleEnv, prey: dict | None, on_step=N
     return returns.view(S, E)
 
 
-def evaluate(learners, args: Args, shift: str, prey: dict | None, device) -> Tensor:
+def evaluate(act, args: RunArgs, shift: str, prey: dict | None, device) -> Tensor:
     """Mean return of each seed's team over `eval_episodes` episodes, [S], on the CPU.
 
     The first states depend on `args.seed` and the shift alone, so every algorithm meets the same ones.
     """
     env = ParticleEnv(args.scenario, args.num_seeds * args.eval_episodes, shift, device, seed=args.seed + 10_000)
-    return rollout(learners, args, env, prey).mean(1).cpu()
+    return rollout(act, args, env, prey).mean(1).cpu()
 
 
-def diversity(learners: nn.ModuleDict, rows: Tensor, obs_size: int) -> Tensor:
-    """Spread of the action over the chain's noise, its std averaged over 256 observations, [L]; 0: collapsed."""
-    policy, n = learners["policy"], len(rows)
-    L = policy.net.obs_in.weight.shape[0]
-    obs = rows[torch.arange(L) % n, :: max(1, rows.shape[1] // 256), :obs_size][:, :256]
-    with torch.no_grad(), torch.random.fork_rng():
-        actions = [policy(obs, torch.randn(L, obs.shape[1], 2, device=rows.device)) for _ in range(16)]
-    return torch.stack(actions).std(0).mean((1, 2))
+def action_std(act, data: Data, num_learners: int) -> float:
+    """Spread of the actions that one observation gets, averaged over 256 observations; 0: a deterministic policy."""
+    rows, L = data.rows, num_learners
+    obs = rows[torch.arange(L) % len(rows), :: max(1, rows.shape[1] // 256), : data.obs_size][:, :256]
+    generator = torch.Generator(rows.device).manual_seed(0)
+    return torch.stack([act(obs, generator) for _ in range(16)]).std(0).mean().item()
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Runs
 
 
-def save_checkpoint(path: Path, args: Args, updates: int, learners, optimizers, prey, data_stats) -> None:
+def save_checkpoint(path: Path, args: RunArgs, updates: int, learners, optimizers, prey, data_stats) -> None:
     """Everything that continuing bit for bit needs; the checkpoint before is kept as checkpoint-previous.pt."""
     checkpoint = {
         "args": asdict(args),
@@ -746,7 +756,7 @@ def save_checkpoint(path: Path, args: Args, updates: int, learners, optimizers, 
     os.replace(path / "checkpoint.tmp", path / "checkpoint.pt")
 
 
-def load_checkpoint(run: str | Path) -> tuple[Args, dict]:
+def load_checkpoint(run: str | Path, args_class=Args) -> tuple[RunArgs, dict]:
     """Options and contents of a run folder's checkpoint, or of the one before it if the newest cannot be read.
 
     Raises:
@@ -764,9 +774,10 @@ def load_checkpoint(run: str | Path) -> tuple[Args, dict]:
     try:
         if not {"updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"} <= checkpoint.keys():
             raise KeyError
-        return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}), checkpoint
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
+        return args_class(**options), checkpoint
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a checkpoint of dom2_mpe.py; give a run folder that this script wrote") from None
+        raise UserError(f"{path}: not a checkpoint of this script; give a run folder that it wrote") from None
 
 
 def restore(learners: nn.ModuleDict, optimizers: dict, checkpoint: dict, run: str | Path) -> None:
@@ -800,7 +811,7 @@ def load_policy(run: str | Path, seed_index: int = 0):
 
     def policy(observations: dict) -> dict:
         obs = [torch.as_tensor(observations[name]) for name in spec.agents]
-        actions = act(learners, torch.stack(obs[:n])[:, None], args.eval_candidates, generator)[:, 0]
+        actions = act(learners, torch.stack(obs[:n])[:, None], args, generator)[:, 0]
         if checkpoint["prey"] is not None:
             actions = torch.cat([actions, common.policy_action(checkpoint["prey"], obs[n])[None]])
         return dict(zip(spec.agents, actions.numpy(), strict=True))
@@ -808,9 +819,9 @@ def load_policy(run: str | Path, seed_index: int = 0):
     return policy
 
 
-def new_run_dir(args: Args) -> Path:
+def new_run_dir(args: RunArgs, algorithm_name: str) -> Path:
     """Make and return a folder that no other run has, also when two start in the same second."""
-    name = f"{args.scenario}-{args.dataset}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{algorithm_name}-{args.scenario}-{args.dataset}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
         path = Path(args.run_dir) / (name + suffix)
         try:
@@ -823,15 +834,7 @@ def new_run_dir(args: Args) -> Path:
     raise UserError(f"--run-dir {args.run_dir}: holds too many runs of this second")
 
 
-class Data(NamedTuple):
-    """The data set as training sees it, on the device."""
-
-    rows: Tensor  # [n, T, W] as in common.Dataset, rewards standardised
-    episodes: Tensor  # indices of (replicated) trajectories
-    stats: dict  # mean, std and max of the returns, number of transitions
-
-
-def load_data(args: Args, obs_size: int, action_size: int, num_agents: int, prey: dict | None, device) -> Data:
+def load_data(args: RunArgs, obs_size: int, action_size: int, num_agents: int, prey: dict | None, device) -> Data:
     """Load the data set, making it first if there is none, keep `data_fraction` of it, and augment it.
 
     Raises:
@@ -852,9 +855,11 @@ def load_data(args: Args, obs_size: int, action_size: int, num_agents: int, prey
         kept = torch.randperm(len(returns))[: max(1, round(args.data_fraction * len(returns)))]
         rows = rows.unflatten(1, (-1, EPISODE_STEPS))[:, kept].flatten(1, 2)
         returns = returns[kept]
-    standardise_rewards(rows, obs_size, args.reward_scale)
+    if not args.raw_rewards:
+        standardise_rewards(rows, obs_size)
+    rows[:, :, -obs_size - 2] *= args.reward_scale
     thresholds = ()
-    if not args.no_augment:
+    if args.augment:
         thresholds = args.thresholds or torch.quantile(returns, torch.tensor(args.quantiles)).tolist()
     stats = {
         "mean": returns.mean().item(),
@@ -862,11 +867,23 @@ def load_data(args: Args, obs_size: int, action_size: int, num_agents: int, prey
         "max": returns.max().item(),
         "transitions": rows.shape[1],
     }
-    return Data(rows.to(device), augment(returns, thresholds).to(device), stats)
+    starts = torch.arange(len(returns)) * EPISODE_STEPS
+    lengths = torch.full_like(starts, EPISODE_STEPS)
+    episodes = augment(returns, thresholds)
+    index = (starts[episodes][:, None] + torch.arange(EPISODE_STEPS)).flatten()
+    rows, starts, lengths, episodes, index = (x.to(device) for x in (rows, starts, lengths, episodes, index))
+    return Data(rows, starts, lengths, episodes, index, obs_size, stats)
 
 
-def train(args: Args) -> dict:
-    """Algorithm 2, then the final evaluation. Returns the results that `results.json` of the run folder holds.
+def train(args: RunArgs, algorithm) -> dict:
+    """Train and evaluate: Algorithm 2 with its data, logging, checkpoints and results.
+
+    Args:
+        algorithm: a module that has what this one has under the same names: Args, algorithm_name, resolve,
+            make_learners, make_optimizers, sample_batch, update and act. The baselines pass themselves.
+
+    Returns:
+        what `results.json` in the run folder holds
 
     Raises:
         UserError: an option, the data set or a checkpoint does not fit, or the losses are no longer finite.
@@ -875,21 +892,22 @@ def train(args: Args) -> dict:
     checkpoint = None
     if args.resume or args.eval_only:
         run = Path(args.resume or args.eval_only)
-        stored, checkpoint = load_checkpoint(run)
+        stored, checkpoint = load_checkpoint(run, algorithm.Args)
         for option in ("scenario", "dataset"):
-            if getattr(args, option) not in (getattr(stored, option), getattr(Args, option)):
+            if getattr(args, option) not in (getattr(stored, option), getattr(algorithm.Args, option)):
                 raise UserError(f"--{option} {getattr(args, option)}: {run} was trained on {getattr(stored, option)}")
-        if args.data_dir == Args.data_dir:  # not given: where the data were
+        if args.data_dir == algorithm.Args.data_dir:  # not given: where the data were
             args = replace(args, data_dir=stored.data_dir)
         if args.resume and args.updates and args.updates < checkpoint["updates"]:
             raise UserError(f"--updates {args.updates}: {run} has made {checkpoint['updates']} already")
-        names = ("data_dir", "eval_episodes", "eval_candidates", "shift", "cuda", "capture_video")
+        names = ["resume", "eval_only", "data_dir", "cuda", "capture_video"]
         if args.resume:
-            names = ("data_dir", "cuda", "capture_video", *(("updates",) if args.updates else ()))
+            names += ["updates"] if args.updates else []
         else:
+            names += [name for name in ("eval_episodes", "eval_candidates", "shift") if hasattr(args, name)]
             stored.updates = checkpoint["updates"]
-        args = replace(stored, **{name: getattr(args, name) for name in ("resume", "eval_only", *names)})
-    args = resolve(args)
+        args = replace(stored, **{name: getattr(args, name) for name in names})
+    args = algorithm.resolve(args)
     if args.track and importlib.util.find_spec("wandb") is None:
         raise UserError("--track: wandb is not installed; run `pip install wandb`")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -907,8 +925,8 @@ def train(args: Args) -> dict:
 
     torch.manual_seed(args.seed)
     data = None if args.eval_only else load_data(args, obs_size, action_size, n, prey, device)
-    learners = make_learners(args, num_learners, obs_size, action_size, device)
-    optimizers = make_optimizers(args, learners)
+    learners = algorithm.make_learners(args, num_learners, obs_size, action_size, device)
+    optimizers = algorithm.make_optimizers(args, learners)
     first_update = 0
     if checkpoint is not None:
         restore(learners, optimizers, checkpoint, run)
@@ -917,23 +935,24 @@ def train(args: Args) -> dict:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
         first_update = checkpoint["updates"]
     else:
-        run = new_run_dir(args)
+        run = new_run_dir(args, algorithm.algorithm_name(args))
         (run / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+
+    def act(obs, generator):
+        return algorithm.act(learners, obs, args, generator)
 
     if not args.eval_only:
         print(f"{args.scenario}/{args.dataset}: {num_learners} learners ({args.num_seeds} seeds x {n} agents), {run}")
-        fit(args, learners, optimizers, data, prey, first_update, run)
-
+        fit(args, algorithm, learners, optimizers, data, prey, first_update, run)
     results = {
-        "algorithm": "dom2" if args.eta > 0 else "bc",
+        "algorithm": algorithm.algorithm_name(args),
         "scenario": args.scenario,
         "dataset": args.dataset,
         "num_seeds": args.num_seeds,
         "updates": args.updates,
         "eval_episodes": args.eval_episodes,
         "returns": {
-            shift: evaluate(learners, args, shift, prey, device).tolist()
-            for shift in dict.fromkeys(("none", args.shift))
+            shift: evaluate(act, args, shift, prey, device).tolist() for shift in dict.fromkeys(("none", args.shift))
         },
         "data": checkpoint["data"] if data is None else data.stats,
         "settings": asdict(args),
@@ -946,12 +965,12 @@ def train(args: Args) -> dict:
     (run / name).write_text(json.dumps(results, indent=2) + "\n")
     print_table(results)
     if args.capture_video:
-        print(f"wrote {write_gif(learners, args, prey, run / 'policy.gif')}")
+        print(f"wrote {write_gif(act, args, prey, run / 'policy.gif')}")
     print(f"{run}: {name}, checkpoint.pt, TensorBoard events")
     return results
 
 
-def fit(args: Args, learners, optimizers, data, prey, first_update: int, run: Path) -> None:
+def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, prey, first_update: int, run: Path) -> None:
     """The loop of Algorithm 2, with its progress bar, logging, evaluations and checkpoints."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help needs none of it
 
@@ -959,12 +978,14 @@ def fit(args: Args, learners, optimizers, data, prey, first_update: int, run: Pa
         import wandb
 
         wandb.init(project="dom2", name=run.name, config=asdict(args), sync_tensorboard=True)
-    rows, episodes, data_stats = data
-    device, L = rows.device, args.num_seeds * len(rows)
-    obs_size = learners["policy"].net.obs_in.weight.shape[1]
+    device, n = data.rows.device, len(data.rows)
+    L = args.num_seeds * n
 
     def step():
-        return update(learners, optimizers, sample_batch(rows, episodes, args, L, obs_size), args)
+        return algorithm.update(learners, optimizers, algorithm.sample_batch(data, args, L), args)
+
+    def act(obs, generator):
+        return algorithm.act(learners, obs, args, generator)
 
     if args.compile:
         step = cuda_graph(step) if device.type == "cuda" else torch.compile(step)
@@ -979,50 +1000,52 @@ def fit(args: Args, learners, optimizers, data, prey, first_update: int, run: Pa
                 for tag, value in metrics.items():
                     if not torch.isfinite(value).all():
                         learner = int((~torch.isfinite(value)).nonzero()[0])
-                        seed, agent = args.seed + learner // len(rows), learner % len(rows)
+                        seed, agent = args.seed + learner // n, learner % n
                         raise UserError(
                             f"update {u}: {tag} of seed {seed}, agent {agent} is not finite; continue from the last "
                             f"checkpoint in {run} or lower the learning rates"
                         )
                     writer.add_scalar(tag, value.mean().item(), u)
             if evaluates:
-                score = evaluate(learners, args, "none", prey, device)
-                writer.add_scalar("charts/episodic_return", score.mean().item(), u)
-                normalised = common.normalised_score(args.scenario, score.mean().item())
+                score = evaluate(act, args, "none", prey, device).mean().item()
+                normalised = common.normalised_score(args.scenario, score)
+                writer.add_scalar("charts/episodic_return", score, u)
                 writer.add_scalar("charts/normalised_score", normalised, u)
-                spread = diversity(learners, rows, obs_size).mean().item()
-                writer.add_scalar("charts/action_std", spread, u)
-                bar.set_postfix_str(f"return {score.mean():.1f}, normalised {normalised:.1f}")
+                writer.add_scalar("charts/action_std", action_std(act, data, L), u)
+                bar.set_postfix_str(f"return {score:.1f}, normalised {normalised:.1f}")
                 bar.refresh()
             if evaluates or stopped:
-                save_checkpoint(run, args, u, learners, optimizers, prey, data_stats)
+                save_checkpoint(run, args, u, learners, optimizers, prey, data.stats)
             if stopped:
                 bar.close()
-                print(f"stopped after update {u}; go on with: python dom2_mpe.py --resume {run}")
+                script = os.path.relpath(algorithm.__file__)
+                print(f"stopped after update {u}; go on with: python {script} --resume {run}")
                 raise SystemExit(128 + stopped[0])
 
 
 def print_table(results: dict) -> None:
     """The closing table: one line per environment."""
     scenario, dataset, data = results["scenario"], results["dataset"], results["data"]
+    paper_name = common.PAPER_NAMES.get(results["algorithm"], "DOM2")
     seeds, episodes = results["num_seeds"], results["eval_episodes"]
     print(
         f"\n{results['algorithm'].upper()} on {scenario}/{dataset}, last parameters ({results['updates']:,} updates),"
     )
     print(f"mean return of {episodes:,} episodes for each of {seeds} seeds, mean ± std over seeds\n")
-    print(f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{'paper (DOM2)':>15}")
+    paper_column = f"paper ({paper_name})"
+    print(f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{paper_column:>17}")
     for shift, returns in results["returns"].items():
         x = torch.tensor(returns)
-        paper = common.paper_result(scenario, dataset, shift)
+        paper = common.paper_result(scenario, dataset, shift, paper_name)
         print(
             f"{'standard' if shift == 'none' else shift:<12} {f'{x.mean():.1f} ± {x.std(correction=0):.1f}':>16} "
             f"{common.normalised_score(scenario, x.mean().item()):>11.1f} {data['mean']:>10.1f} {data['max']:>9.1f} "
-            f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>14}"
+            f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>16}"
         )
     print()
 
 
-def write_gif(learners, args: Args, prey: dict | None, path: Path, episodes: int = 4) -> Path:
+def write_gif(act, args: RunArgs, prey: dict | None, path: Path, episodes: int = 4) -> Path:
     """Seed 0's team in `episodes` episodes of the standard environment, as an animated GIF."""
     from PIL import Image
 
@@ -1030,7 +1053,7 @@ def write_gif(learners, args: Args, prey: dict | None, path: Path, episodes: int
 
     env = ParticleEnv(args.scenario, args.num_seeds * episodes, seed=args.seed)
     frames = []
-    rollout(learners, args, env, prey, on_step=lambda: frames.append([draw(env, i, 300) for i in range(episodes)]))
+    rollout(act, args, env, prey, on_step=lambda: frames.append([draw(env, i, 300) for i in range(episodes)]))
     images = [Image.fromarray(frame) for episode in zip(*frames, strict=True) for frame in episode]
     images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
     return path
@@ -1059,7 +1082,8 @@ def git_commit() -> str:
 def main() -> None:
     import tyro
 
-    train(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    train(args, sys.modules[__name__])
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def make_batch(args, num_learners=L, dtype=torch.float64, seed=1):
         action=uniform(A),
         reward=normal(),
         next_obs=normal(D),
+        done=(uniform() > 0.5).to(dtype),
         target_noise=normal(A),
         random_actions=uniform(10, A),
         tau=grid[torch.randint(len(grid), (num_learners, B), generator=g)],
@@ -361,7 +362,7 @@ def naive_critic_loss(learners, batch, learner, gamma, zeta):
         obs, action = batch.obs[learner, b], batch.action[learner, b]
         next_obs, next_action = batch.next_obs[learner, b], next_actions[learner, b]
         bootstrap = min(q_value(learners["target_critic"], learner, k, next_obs, next_action) for k in (0, 1))
-        target = batch.reward[learner, b].item() + gamma * bootstrap
+        target = batch.reward[learner, b].item() + (0 if batch.done[learner, b] else gamma * bootstrap)
         for twin in (0, 1):
             q = q_value(learners["critic"], learner, twin, obs, action)
             total += (target - q) ** 2
@@ -563,16 +564,22 @@ def coded_rows(num_agents, episodes):
     return torch.arange(num_agents * T * W, dtype=torch.float32).view(num_agents, T, W), T, W
 
 
+def data_of(rows, episodes):
+    index = torch.cat([torch.arange(e * EPISODE_STEPS, (e + 1) * EPISODE_STEPS) for e in episodes])
+    return dom2_mpe.Data(rows, None, None, torch.tensor(episodes), index, D, {})
+
+
 def test_minibatches_are_drawn_from_the_own_agent_with_the_weights_of_algorithm_1():
     torch.manual_seed(0)
     args = options(batch_size=4000)
     rows, T, W = coded_rows(3, episodes=4)
-    batch = dom2_mpe.sample_batch(rows, torch.tensor([0, 1, 1, 3]), args, 6, D)
+    batch = dom2_mpe.sample_batch(data_of(rows, [0, 1, 1, 3]), args, 6)
     first = batch.obs[..., :1]  # the code of a row's first column
     assert torch.equal(batch.obs, first + torch.arange(D))
     assert torch.equal(batch.action, first + D + torch.arange(A))
     assert torch.equal(batch.reward, first[..., 0] + D + A)
     assert torch.equal(batch.next_obs, first + D + A + 1 + torch.arange(D))
+    assert torch.equal(batch.done, first[..., 0] + 2 * D + A + 1)
     row = first[..., 0].long() // W  # [6, 4000]
     assert (first[..., 0].long() % W == 0).all()
     assert torch.equal(row // T, (torch.arange(6) % 3)[:, None].expand(6, 4000))  # seed-major learners
@@ -586,7 +593,7 @@ def test_minibatches_are_drawn_from_the_own_agent_with_the_weights_of_algorithm_
 def test_random_numbers_of_an_update():
     torch.manual_seed(0)
     args = options(batch_size=4000)
-    batch = dom2_mpe.sample_batch(coded_rows(3, episodes=4)[0], torch.arange(4), args, 6, D)
+    batch = dom2_mpe.sample_batch(data_of(coded_rows(3, episodes=4)[0], range(4)), args, 6)
     assert batch.random_actions.shape == (6, 4000, 10, A)
     assert batch.random_actions.abs().max() <= 1
     close(batch.random_actions.mean((0, 1, 2)), torch.zeros(A), 0.01)
@@ -600,14 +607,13 @@ def test_random_numbers_of_an_update():
     close(torch.cov(noises), torch.eye(3), 0.03)  # and independent of each other
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.1])
-def test_standardise_rewards_works_in_place_on_the_rewards_alone(scale):
+def test_standardise_rewards_works_in_place_on_the_rewards_alone():
     rows = torch.randn(3, 200, 2 * D + A + 2, generator=torch.Generator().manual_seed(0)) * 7 - 90
     before = rows.clone()
-    assert dom2_mpe.standardise_rewards(rows, D, scale) is None
+    assert dom2_mpe.standardise_rewards(rows, D) is None
     reward = rows[:, :, D + A]
     assert reward.mean().item() == pytest.approx(0, abs=1e-4)
-    assert reward.std().item() == pytest.approx(scale, rel=1e-4)
+    assert reward.std().item() == pytest.approx(1, rel=1e-4)
     close(reward.argsort(), before[:, :, D + A].argsort())  # order and
     close(np.corrcoef(reward.flatten(), before[:, :, D + A].flatten())[0, 1], np.float64(1.0), 1e-6)  # proportions stay
     rows[:, :, D + A] = before[:, :, D + A]
@@ -616,7 +622,7 @@ def test_standardise_rewards_works_in_place_on_the_rewards_alone(scale):
 
 def test_constant_rewards_stay_finite():
     rows = torch.full((2, 25, 2 * D + A + 2), 3.0)
-    dom2_mpe.standardise_rewards(rows, D, 1.0)
+    dom2_mpe.standardise_rewards(rows, D)
     assert not rows[:, :, D + A].any()
 
 
@@ -752,21 +758,22 @@ def test_act_of_one_candidate_samples_the_policy():
     learners, obs = make_learners(args, dtype=torch.float32), torch.randn(L, 6, D)
     given = []
     learners["policy"].register_forward_hook(lambda module, inputs, output: given.append((inputs, output)))
-    actions = dom2_mpe.act(learners, obs, 1, torch.Generator().manual_seed(3))
+    actions = dom2_mpe.act(learners, obs, args, torch.Generator().manual_seed(3))
     assert actions.shape == (L, 6, A)
     ((seen, noise), output), *more = given
     assert not more and torch.equal(seen, obs) and torch.equal(output, actions)
     assert noise.shape == (L, 6, A) and len(noise.unique()) == noise.numel()
-    assert torch.equal(dom2_mpe.act(learners, obs, 1, torch.Generator().manual_seed(3)), actions)
+    assert torch.equal(dom2_mpe.act(learners, obs, args, torch.Generator().manual_seed(3)), actions)
 
 
 def test_act_of_many_candidates_takes_the_best_by_the_smaller_twin():
-    args, K, E = options(), 7, 6
+    K, E = 7, 6
+    args = options(eval_candidates=K)
     learners = make_learners(args, dtype=torch.float32)
     obs = torch.randn(L, E, D, generator=torch.Generator().manual_seed(0))
     seen = []
     learners["critic"].register_forward_hook(lambda module, inputs, output: seen.append(inputs))
-    actions = dom2_mpe.act(learners, obs, K, torch.Generator().manual_seed(3))
+    actions = dom2_mpe.act(learners, obs, args, torch.Generator().manual_seed(3))
     ((critic_obs, candidates),) = seen
     assert torch.equal(critic_obs, obs) and candidates.shape == (L, E, K, A)
     chosen = set()
@@ -786,7 +793,7 @@ def test_candidates_are_samples_for_their_own_observation():
     learners["policy"] = Still(torch.tensor([[0.1, 0.2], [-0.3, 0.4], [0.5, -0.6]]), share=1e-3)
     obs, seen = torch.randn(L, 6, D, generator=torch.Generator().manual_seed(0)), []
     learners["critic"].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
-    dom2_mpe.act(learners, obs, 7, torch.Generator().manual_seed(3))
+    dom2_mpe.act(learners, obs, options(eval_candidates=7), torch.Generator().manual_seed(3))
     expected = learners["policy"].table[:, None] + 0.1 * obs[..., 2:4]
     assert (seen[0] - expected[:, :, None]).abs().max() < 0.01
     assert (seen[0].std(2) > 1e-5).all()  # and no two alike
@@ -808,10 +815,13 @@ def test_rollout_plays_every_team_in_its_own_worlds(scenario, shift):
     args = options(scenario=scenario, num_seeds=S)
     env, twin = (ParticleEnv(scenario, S * E, shift, seed=5) for _ in range(2))
     prey = random_prey(env.obs_sizes[-1]) if env.num_agents > n else None
-    learners = dom2_mpe.make_learners(args, S * n, env.obs_sizes[0], A, "cpu")
-    learners["policy"] = Still(torch.rand(S * n, A, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8)
+    policy = Still(torch.rand(S * n, A, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8)
+
+    def act(obs, generator):
+        return policy(obs, 0)
+
     steps = []
-    returns = dom2_mpe.rollout(learners, args, env, prey, on_step=lambda: steps.append(env.agent_pos.clone()))
+    returns = dom2_mpe.rollout(act, args, env, prey, on_step=lambda: steps.append(env.agent_pos.clone()))
     assert returns.shape == (S, E) and len(steps) == EPISODE_STEPS
 
     expected, obs = [0.0] * (S * E), twin.reset()
@@ -820,7 +830,7 @@ def test_rollout_plays_every_team_in_its_own_worlds(scenario, shift):
         actions = torch.zeros(S * E, twin.num_agents, 2)
         for world in range(S * E):
             for agent in range(n):
-                action = learners["policy"].table[world // E * n + agent] + 0.1 * obs[agent][world, 2:4]
+                action = policy.table[world // E * n + agent] + 0.1 * obs[agent][world, 2:4]
                 actions[world, agent] = action.clamp(-1, 1)
             if prey is not None:
                 actions[world, n] = common.policy_action(prey, obs[n][world])
@@ -834,7 +844,12 @@ def test_rollout_plays_every_team_in_its_own_worlds(scenario, shift):
 def test_evaluate_depends_on_seed_and_shift_alone():
     def score(shift="none", other=0, **changes):
         torch.manual_seed(other)  # the global generator plays no part
-        return dom2_mpe.evaluate(learners, options(**common_options | changes), shift, None, torch.device("cpu"))
+        args = options(**common_options | changes)
+
+        def act(obs, generator):
+            return dom2_mpe.act(learners, obs, args, generator)
+
+        return dom2_mpe.evaluate(act, args, shift, None, torch.device("cpu"))
 
     common_options = dict(scenario="simple_spread", num_seeds=2, eval_episodes=10)
     torch.manual_seed(0)

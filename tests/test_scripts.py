@@ -26,6 +26,10 @@ ROOT = Path(common.__file__).parent
 SMALL = dict(num_seeds=2, updates=6, batch_size=8, widths=(8, 8), critic_widths=(8,), eval_interval=2, eval_episodes=4)
 
 
+def train(args):
+    return dom2_mpe.train(args, dom2_mpe)
+
+
 def flags(**options):
     """Options as on a command line."""
     words = []
@@ -238,7 +242,7 @@ def assert_same_checkpoint(run, other):
 
 
 def test_resume_continues_bit_for_bit(small, tmp_path, monkeypatch):
-    whole = dom2_mpe.train(Args(**small | dict(run_dir=str(tmp_path / "whole"))))
+    whole = train(Args(**small | dict(run_dir=str(tmp_path / "whole"))))
     calls, update = [], dom2_mpe.update
 
     def interrupted(*args):
@@ -249,12 +253,12 @@ def test_resume_continues_bit_for_bit(small, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(dom2_mpe, "update", interrupted)
-        dom2_mpe.train(Args(**small))
+        train(Args(**small))
     run = the_run(tmp_path / "runs")
     assert torch.load(run / "checkpoint.pt", weights_only=True)["updates"] == 2
     assert not (run / "results.json").exists()
     torch.manual_seed(1234)
-    resumed = dom2_mpe.train(Args(resume=str(run), data_dir=small["data_dir"]))
+    resumed = train(Args(resume=str(run), data_dir=small["data_dir"]))
     assert resumed["returns"] == whole["returns"] and resumed["updates"] == 6
 
     assert_same_checkpoint(run, the_run(tmp_path / "whole"))
@@ -269,7 +273,7 @@ def test_resume_continues_bit_for_bit(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_say_how_to_go_on(number, small, tmp_path, monkeypatch, capsys):
-    whole = dom2_mpe.train(Args(**small | dict(run_dir=str(tmp_path / "whole"))))
+    whole = train(Args(**small | dict(run_dir=str(tmp_path / "whole"))))
     calls, update = [], dom2_mpe.update
 
     def signalled(*args):
@@ -281,52 +285,52 @@ def test_signals_save_and_say_how_to_go_on(number, small, tmp_path, monkeypatch,
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(dom2_mpe, "update", signalled)
-        dom2_mpe.train(Args(**small))
+        train(Args(**small))
     assert exit.value.code == 128 + number and signal.getsignal(number) is handler
     run = the_run(tmp_path / "runs")
     assert f"stopped after update 3; go on with: python dom2_mpe.py --resume {run}" in capsys.readouterr().out
-    resumed = dom2_mpe.train(Args(resume=str(run), data_dir=small["data_dir"]))
+    resumed = train(Args(resume=str(run), data_dir=small["data_dir"]))
     assert resumed["returns"] == whole["returns"]
     assert_same_checkpoint(run, the_run(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("damage", [lambda f: f.write_bytes(f.read_bytes()[:999]), lambda f: f.unlink()])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, small, tmp_path, capsys):
-    whole = dom2_mpe.train(Args(**small))
+    whole = train(Args(**small))
     run = the_run(tmp_path / "runs")
     last = torch.load(run / "checkpoint.pt", weights_only=True)["updates"]
     damage(run / "checkpoint.pt")
-    resumed = dom2_mpe.train(Args(resume=str(run), data_dir=small["data_dir"]))
+    resumed = train(Args(resume=str(run), data_dir=small["data_dir"]))
     assert "warning: " in capsys.readouterr().err and resumed["returns"] == whole["returns"]
     assert torch.load(run / "checkpoint-previous.pt", weights_only=True)["updates"] < last
 
 
 def test_resume_goes_on_to_more_updates(small, tmp_path):
-    longer = dom2_mpe.train(Args(**small | dict(run_dir=str(tmp_path / "longer"), updates=8)))
-    dom2_mpe.train(Args(**small))
+    longer = train(Args(**small | dict(run_dir=str(tmp_path / "longer"), updates=8)))
+    train(Args(**small))
     run = the_run(tmp_path / "runs")
-    resumed = dom2_mpe.train(Args(resume=str(run), updates=8, data_dir=small["data_dir"]))
+    resumed = train(Args(resume=str(run), updates=8, data_dir=small["data_dir"]))
     assert resumed["returns"] == longer["returns"] and resumed["updates"] == 8
     assert_same_checkpoint(run, the_run(tmp_path / "longer"))
 
 
 def test_resume_does_not_go_back(small, tmp_path):
-    dom2_mpe.train(Args(**small))
+    train(Args(**small))
     with pytest.raises(UserError, match="--updates 3"):
-        dom2_mpe.train(Args(resume=str(the_run(tmp_path / "runs")), updates=3, data_dir=small["data_dir"]))
+        train(Args(resume=str(the_run(tmp_path / "runs")), updates=3, data_dir=small["data_dir"]))
 
 
 @pytest.mark.parametrize("option", ["resume", "eval_only"])
 def test_a_run_knows_where_its_data_are(option, small, tmp_path, monkeypatch):
-    dom2_mpe.train(Args(**small))
+    train(Args(**small))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(collect_datasets, "collect", lambda *args, **kwargs: pytest.fail("made other data"))
-    results = dom2_mpe.train(Args(**{option: str(the_run(tmp_path / "runs"))}))
+    results = train(Args(**{option: str(the_run(tmp_path / "runs"))}))
     assert results["settings"]["data_dir"] == small["data_dir"]
 
 
 def test_same_seed_same_run_and_another_seed_another(small):
-    first, second, third = (dom2_mpe.train(Args(**small | dict(seed=seed)))["returns"] for seed in (0, 0, 1))
+    first, second, third = (train(Args(**small | dict(seed=seed)))["returns"] for seed in (0, 0, 1))
     assert first == second
     assert first["none"][0] not in third["none"]
 
@@ -343,14 +347,14 @@ def test_same_seed_same_run_and_another_seed_another(small):
 )
 def test_other_options_train(changes, small, pretrained):
     args = Args(**small | dict(prey=str(pretrained / "simple_world.pt"), updates=3) | changes)
-    results = dom2_mpe.train(args)
+    results = train(args)
     assert np.isfinite(results["returns"]["none"]).all()
     assert len(results["returns"]["none"]) == args.num_seeds
 
 
 def test_without_eta_it_is_cloning(small):
     small |= dict(eta=0.0, updates=3)
-    results = dom2_mpe.train(Args(**small))
+    results = train(Args(**small))
     assert results["algorithm"] == "bc" and results["settings"]["eta"] == 0
     events = EventAccumulator(str(the_run(small["run_dir"])))
     events.Reload()
@@ -359,12 +363,12 @@ def test_without_eta_it_is_cloning(small):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """What training samples from at every update: the rows and the trajectories' indices."""
+    """The data that training samples from at every update."""
     seen, sample_batch = [], dom2_mpe.sample_batch
 
-    def spy(rows, episodes, *args):
-        seen.append((rows, episodes))
-        return sample_batch(rows, episodes, *args)
+    def spy(data, *args):
+        seen.append(data)
+        return sample_batch(data, *args)
 
     monkeypatch.setattr(dom2_mpe, "sample_batch", spy)
     return seen
@@ -378,17 +382,17 @@ def team_returns(data_dir):
 
 @pytest.mark.parametrize("changes", [{}, {"quantiles": (0.3, 0.8)}, {"thresholds": (150.0, 170.0)}], ids=str)
 def test_training_samples_with_the_weights_of_algorithm_1(changes, small, sampled, data_dir):
-    dom2_mpe.train(Args(**small | dict(updates=1) | changes))
+    train(Args(**small | dict(updates=1) | changes))
     returns = team_returns(data_dir)
     thresholds = changes.get("thresholds", np.quantile(returns, changes.get("quantiles", Args.quantiles)))
     weights = [1 + sum(value >= r for r in thresholds) for value in returns]
-    assert torch.bincount(sampled[0][1], minlength=20).tolist() == weights
+    assert torch.bincount(sampled[0].index).tolist() == np.repeat(weights, EPISODE_STEPS).tolist()
     assert max(weights) > 1
 
 
 def test_no_augment(small, sampled):
-    dom2_mpe.train(Args(**small | dict(updates=1, no_augment=True)))
-    assert sampled[0][1].sort().values.tolist() == list(range(20))
+    train(Args(**small | dict(updates=1, augment=False)))
+    assert sampled[0].index.sort().values.tolist() == list(range(20 * EPISODE_STEPS))
 
 
 def test_data_fraction_keeps_whole_trajectories(small, sampled, data_dir):
@@ -397,14 +401,14 @@ def test_data_fraction_keeps_whole_trajectories(small, sampled, data_dir):
     obs = np.stack([np.load(folder / f"obs_{i}.npy") for i in range(3)]).reshape(3, 20, EPISODE_STEPS, 18)
     choices = []
     for i, seed in enumerate((0, 1, 1)):
-        results = dom2_mpe.train(Args(**small | dict(updates=1, data_fraction=0.25, seed=seed)))
-        rows, episodes = sampled[i]
+        results = train(Args(**small | dict(updates=1, data_fraction=0.25, seed=seed)))
+        rows = sampled[i].rows
         assert rows.shape[:2] == (3, 5 * EPISODE_STEPS)
         kept = rows[:, :, :18].view(3, 5, EPISODE_STEPS, 18).numpy()
         choices.append([next(e for e in range(20) if (obs[:, e] == kept[:, k]).all()) for k in range(5)])
         returns = team_returns(data_dir)[choices[-1]]
         weights = [1 + sum(value >= r for r in np.quantile(returns, Args.quantiles)) for value in returns]
-        assert torch.bincount(episodes).tolist() == weights
+        assert torch.bincount(sampled[i].episodes).tolist() == weights
         assert results["data"]["mean"] == pytest.approx(returns.mean(), rel=1e-4)
         assert results["data"]["max"] == pytest.approx(returns.max(), rel=1e-4)
         assert results["data"]["transitions"] == 125
@@ -416,7 +420,7 @@ def test_data_fraction_keeps_whole_trajectories(small, sampled, data_dir):
 def test_missing_data_set_is_made_first(small, tmp_path, monkeypatch, collect):
     folder = tmp_path / "new"
     monkeypatch.setattr(collect_datasets, "collect", lambda *names, **options: collect(*names, **options))
-    results = dom2_mpe.train(Args(**small | dict(updates=1, data_dir=str(folder))))
+    results = train(Args(**small | dict(updates=1, data_dir=str(folder))))
     assert results["data"]["transitions"] == 500
     assert (folder / "simple_spread" / "random" / "seed_0_data" / "metadata.json").exists()
 
@@ -429,7 +433,7 @@ def test_losses_that_are_not_finite_end_the_run(small, monkeypatch):
 
     monkeypatch.setattr(dom2_mpe, "update", update)
     with pytest.raises(UserError, match=r"update 6: losses/q of seed 8, agent 1 is not finite"):
-        dom2_mpe.train(Args(**small | dict(eval_interval=6, seed=7)))
+        train(Args(**small | dict(eval_interval=6, seed=7)))
     run = the_run(small["run_dir"])
     assert not (run / "results.json").exists() and not (run / "checkpoint.pt").exists()
 
@@ -444,13 +448,13 @@ def test_a_broken_state_does_not_replace_the_last_checkpoint(small, monkeypatch)
 
     monkeypatch.setattr(dom2_mpe, "update", broken)
     with pytest.raises(UserError, match="not finite"):
-        dom2_mpe.train(Args(**small | dict(updates=8)))
+        train(Args(**small | dict(updates=8)))
     assert torch.load(the_run(small["run_dir"]) / "checkpoint.pt", weights_only=True)["updates"] == 2
 
 
 def test_two_runs_in_the_same_second_have_their_own_folders(small):
     args = dom2_mpe.resolve(Args(**small))
-    runs = {dom2_mpe.new_run_dir(args) for _ in range(5)}
+    runs = {dom2_mpe.new_run_dir(args, "dom2") for _ in range(5)}
     assert len(runs) == 5 and all(run.is_dir() for run in runs)
 
 
@@ -512,7 +516,7 @@ def test_options_without_a_meaning_are_refused(changes, script, small, tmp_path)
         assert f"--{name.replace('_', '-')}" in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError):  # train() checks them before it writes anything
-        dom2_mpe.train(Args(**small | changes))
+        train(Args(**small | changes))
     assert not files(tmp_path)
 
 
