@@ -3,7 +3,7 @@
 Every agent has its own diffusion policy and its own twin critics and learns from its own column of a fixed data set:
 training and execution are decentralised. The paper (arXiv 2307.01472) in the order of this file:
 
-    NoiseSchedule, dpm_solver                Sec. 4.1, Eq. 4     an action is Gaussian noise, denoised in a few steps
+    NoiseSchedule, dpm_solver (ddpm)         Sec. 4.1, Eq. 4     an action is Gaussian noise, denoised in a few steps
     ResidualNoiseNet, MLPNoiseNet            Figure 8, Sec. 5.4  the noise network and its ablation
     critic_loss                              Eq. 1               TD error + conservative (CQL) term
     diffusion_loss, q_loss                   Eq. 3, Eq. 5        stay near the data + prefer high Q
@@ -115,6 +115,8 @@ class Args(RunArgs):
     """target networks move by this share of the difference each update (Algorithm 2, line 8)"""
     eta: float | None = None
     """weight of the Q-loss in Eq. 5; 0 is behaviour cloning with a diffusion policy"""
+    q_normaliser: str = "abs"
+    """normaliser of the Q-loss: "abs", E[abs(Q)], or "printed", Eq. 5's own E[Q], whose sign may be wrong"""
     bc_weight: float = 1.0
     """weight of the diffusion loss in Eq. 5"""
     zeta: float | None = None
@@ -128,6 +130,8 @@ class Args(RunArgs):
     """noise schedule: beta at diffusion time 0"""
     beta_max: float = 10.0
     """noise schedule: beta at diffusion time 1"""
+    solver: str = "dpm"
+    """dpm: the deterministic first-order DPM-Solver of Eq. 4; ddpm: ancestral sampling, fresh noise in every step"""
     prediction: str = "action"
     """what the noise network predicts: the clean "action" through tanh, rewritten as a noise, or the "noise" itself"""
     noise_net: str = "mlp"
@@ -177,6 +181,8 @@ def resolve(args: Args) -> Args:
     common.check_choice("--shift", args.shift, ("speed", "none"))
     common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
     common.check_choice("--prediction", args.prediction, ("action", "noise"))
+    common.check_choice("--solver", args.solver, SOLVERS)
+    common.check_choice("--q-normaliser", args.q_normaliser, ("abs", "printed"))
     args = common.fill(args, SETTING_NAMES, SETTINGS[args.scenario, args.dataset])
     common.check_options(args)
     if args.beta_min >= args.beta_max:
@@ -247,6 +253,32 @@ def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int,
             a0 = ((a - sigma_s * eps) / alpha_s).clamp(-1, 1)
             eps = (a - alpha_s * a0) / sigma_s
         a = alpha_t / alpha_s * a - sigma_t * (alpha_t * sigma_s / (alpha_s * sigma_t) - 1) * eps
+    return a
+
+
+def ddpm(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int, clip: bool = False) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020) on the same grid: `dpm_solver`'s stochastic alternative, Diffusion-QL's.
+
+    a_{i-1} ~ q(a_{i-1} | a_i, a_0), with the clean action a_0 = (a_i - sigma_i eps(a_i, tau_i)) / alpha_i. With a_i |
+    a_{i-1} ~ N(alpha a_{i-1}, v), alpha = alpha_i / alpha_{i-1} and v = sigma_i^2 - alpha^2 sigma_{i-1}^2, this is
+
+        N(alpha sigma_{i-1}^2 / sigma_i^2 a_i + alpha_{i-1} v / sigma_i^2 a_0,  v sigma_{i-1}^2 / sigma_i^2)
+
+    and the last step takes its mean.
+
+    Args:
+        noise: N(0, I), [..., N * A]: the chain's start and the noise of its steps but the last.
+    """
+    a, *fresh = noise.chunk(num_steps, -1)
+    fresh.append(torch.zeros_like(a))
+    for (s, t), eps_s in zip(pairwise(time_grid(num_steps)), fresh, strict=True):
+        alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
+        a0 = (a - sigma_s * noise_fn(a, s)) / alpha_s
+        if clip:
+            a0 = a0.clamp(-1, 1)
+        alpha, v = alpha_s / alpha_t, sigma_s**2 - (alpha_s / alpha_t * sigma_t) ** 2
+        mean = alpha * sigma_t**2 / sigma_s**2 * a + alpha_t * v / sigma_s**2 * a0
+        a = mean + math.sqrt(v) * sigma_t / sigma_s * eps_s
     return a
 
 
@@ -365,6 +397,7 @@ class ResidualNoiseNet(nn.Module):
         return self.out(torch.cat([x, skips.pop()], -1).to(a.dtype))
 
 
+SOLVERS = {"dpm": dpm_solver, "ddpm": ddpm}
 NOISE_NETS = {"residual": ResidualNoiseNet, "mlp": MLPNoiseNet}
 
 
@@ -376,9 +409,12 @@ class DiffusionPolicy(nn.Module):
     the same solver, but every predicted action lies in the action box, and at its border gradients do not vanish.
     """
 
-    def __init__(self, net: nn.Module, schedule: NoiseSchedule, num_steps: int, prediction: str = "action"):
+    def __init__(
+        self, net: nn.Module, schedule: NoiseSchedule, num_steps: int, prediction: str = "action", solver=dpm_solver
+    ):
         super().__init__()
         self.net, self.schedule, self.num_steps, self.prediction = net, schedule, num_steps, prediction
+        self.solver = solver
 
     def noise(self, a: Tensor, obs_embedding: Tensor, t: float) -> Tensor:
         """eps_theta(a, o, tau): a [L, B, A], tau a float -> [L, B, A]."""
@@ -388,9 +424,12 @@ class DiffusionPolicy(nn.Module):
         return (a - self.schedule.alpha(t) * torch.tanh(f)) / self.schedule.sigma(t)
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """Denoise: observations [L, B, d] and Gaussian noise [L, B, A] -> actions [L, B, A] in [-1, 1]."""
+        """Denoise: observations [L, B, d] and Gaussian noise [L, B, A] -> actions [L, B, A] in [-1, 1].
+
+        ddpm needs noise for every step: [L, B, N * A].
+        """
         embedding = self.net.embed(obs)
-        a = dpm_solver(
+        a = self.solver(
             lambda a, t: self.noise(a, embedding, t), noise, self.schedule, self.num_steps, self.prediction == "noise"
         )
         return a.clamp(-1, 1)
@@ -434,7 +473,7 @@ class Batch(NamedTuple):
     reward: Tensor  # [L, B]
     next_obs: Tensor  # [L, B, d]
     done: Tensor  # [L, B], 1 after a terminal state
-    target_noise: Tensor  # [L, B, A], starts the target policy's chain
+    target_noise: Tensor  # [L, B, A], starts the target policy's chain ([L, B, N * A] for ddpm)
     random_actions: Tensor  # [L, B, 10, A], uniform in [-1, 1]
     tau: Tensor  # [L, B], diffusion times of Eq. 3
     eps: Tensor  # [L, B, A], noise of Eq. 3
@@ -481,18 +520,19 @@ def diffusion_loss(policy: DiffusionPolicy, batch: Batch) -> Tensor:
     return error.square().sum(-1).mean(-1)
 
 
-def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float):
+def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float, normaliser: str = "abs"):
     """The Q-loss of Eq. 5: -eta E[Q(o, pi(o))] / E[abs(Q(o, a))], through all denoising steps.
 
-    The paper prints the normaliser without abs: a negative mean Q would flip the objective's sign. It is a constant for
-    the gradient. Q is the first of the twins, as in TD3.
+    The paper prints the normaliser without abs ("printed"): a negative mean Q flips the objective's sign. It is a
+    constant for the gradient. Q is the first of the twins, as in TD3.
 
     Returns:
         loss [L], and a dict of metrics [L].
     """
     action = policy(batch.obs, batch.policy_noise)
     q = critic(batch.obs, torch.stack([batch.action, action], 2))[:, 0]  # [L, B, 2]
-    scale = q[..., 0].detach().abs().mean(-1)
+    q_data = q[..., 0].detach()
+    scale = (q_data.abs() if normaliser == "abs" else q_data).mean(-1)
     loss = -eta * q[..., 1].mean(-1) / scale
     saturated = (action.detach().abs() > 0.99).float().mean((1, 2))
     return loss, {"charts/q_policy": q[..., 1].detach().mean(-1), "charts/saturation": saturated}
@@ -528,7 +568,7 @@ def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int
     def policy():
         net = NOISE_NETS[args.noise_net](num_learners, obs_size, action_size, args.widths, precision)
         schedule = NoiseSchedule(args.beta_min, args.beta_max)
-        return DiffusionPolicy(net, schedule, args.diffusion_steps, args.prediction)
+        return DiffusionPolicy(net, schedule, args.diffusion_steps, args.prediction, SOLVERS[args.solver])
 
     def critic():
         return TwinCritic(num_learners, obs_size, action_size, args.critic_widths, precision)
@@ -607,13 +647,14 @@ def sample_batch(data: Data, args: Args, num_learners: int) -> Batch:
     transitions = sample_transitions(data, num_learners, args.batch_size)
     L, B, A = transitions[1].shape
     N, device = args.diffusion_steps, data.rows.device
+    chain = N * A if args.solver == "ddpm" else A
     return Batch(
         *transitions,
-        target_noise=torch.randn(L, B, A, device=device),
+        target_noise=torch.randn(L, B, chain, device=device),
         random_actions=torch.rand(L, B, 10, A, device=device) * 2 - 1,
         tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,  # of `time_grid`
         eps=torch.randn(L, B, A, device=device),
-        policy_noise=torch.randn(L, B, A, device=device),
+        policy_noise=torch.randn(L, B, chain, device=device),
     )
 
 
@@ -636,7 +677,7 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
     loss = args.bc_weight * bc
     if args.eta > 0:
         learners["critic"].requires_grad_(False)  # Eq. 5 is minimised over theta alone
-        q, q_metrics = q_loss(learners["policy"], learners["critic"], batch, args.eta)
+        q, q_metrics = q_loss(learners["policy"], learners["critic"], batch, args.eta, args.q_normaliser)
         learners["critic"].requires_grad_(True)
         loss = loss + q
         metrics |= q_metrics | {"losses/q": q.detach()}
@@ -687,7 +728,8 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
     """Sample actions: obs [L, E, d] -> [L, E, A]; the best by Q of `eval_candidates` where that is above 1."""
     L, E, _ = obs.shape
     K, A = args.eval_candidates, learners["critic"].action_in.weight.shape[1]
-    noise = torch.randn(L, E * K, A, generator=generator, device=obs.device)
+    chain = args.diffusion_steps * A if args.solver == "ddpm" else A
+    noise = torch.randn(L, E * K, chain, generator=generator, device=obs.device)
     actions = learners["policy"](obs.repeat_interleave(K, 1), noise).view(L, E, K, A)
     if K == 1:
         return actions[:, :, 0]
@@ -732,6 +774,16 @@ def action_std(act, data: Data, num_learners: int) -> float:
     obs = rows[torch.arange(L) % len(rows), :: max(1, rows.shape[1] // 256), : data.obs_size][:, :256]
     generator = torch.Generator(rows.device).manual_seed(0)
     return torch.stack([act(obs, generator) for _ in range(16)]).std(0).mean().item()
+
+
+def milliseconds_per_action(act, num_learners: int, obs_size: int, device) -> float:
+    """Time in which every learner decides on one observation, the median of 30 calls."""
+    obs, generator, times = torch.zeros(num_learners, 1, obs_size, device=device), torch.Generator(device), []
+    for _ in range(30):
+        start = time.perf_counter()
+        act(obs, generator).cpu()  # waits for the result
+        times.append(time.perf_counter() - start)
+    return round(1e3 * sorted(times)[15], 3)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -955,6 +1007,7 @@ def train(args: RunArgs, algorithm) -> dict:
             shift: evaluate(act, args, shift, prey, device).tolist() for shift in dict.fromkeys(("none", args.shift))
         },
         "data": checkpoint["data"] if data is None else data.stats,
+        "milliseconds_per_action": milliseconds_per_action(act, num_learners, obs_size, device),
         "settings": asdict(args),
         "hardware": hardware(device),
         "seconds": round(time.time() - started, 1),

@@ -198,6 +198,48 @@ def test_solver_clips_the_predicted_action(beta_max):
     close(dpm_solver(outside.noise, START, schedule, 5), outside.solution(START), 1e-9)
 
 
+@every_schedule
+def test_a_step_of_ancestral_sampling_is_bayes_rule(beta_max):
+    """a_{i-1} and a_i are jointly Gaussian given a_0: condition the one on the other."""
+    schedule, (s, t, end) = NoiseSchedule(0.1, beta_max), dom2_mpe.time_grid(2)
+    a0, start, fresh = 0.4, -1.3, 0.7
+    noise = torch.tensor([start, fresh], dtype=torch.float64)
+    taken = []
+
+    def noise_fn(a, tau):
+        taken.append(a.item())
+        return (a - schedule.alpha(tau) * a0) / schedule.sigma(tau)
+
+    last = dom2_mpe.ddpm(noise_fn, noise, schedule, 2).item()
+    for later, earlier, a, eps, result in ((s, t, start, fresh, taken[1]), (t, end, taken[1], 0.0, last)):
+        ratio = schedule.alpha(later) / schedule.alpha(earlier)
+        means = np.array([schedule.alpha(earlier), schedule.alpha(later)]) * a0
+        var_early, var_late = schedule.sigma(earlier) ** 2, schedule.sigma(later) ** 2
+        covariance = np.array([[var_early, ratio * var_early], [ratio * var_early, var_late]])
+        mean = means[0] + covariance[0, 1] / covariance[1, 1] * (a - means[1])
+        variance = covariance[0, 0] - covariance[0, 1] ** 2 / covariance[1, 1]
+        assert result == pytest.approx(mean + math.sqrt(variance) * eps, abs=1e-9)
+
+
+def test_ancestral_sampling_gives_the_distribution_of_the_data():
+    data, n = Gaussian(0.3, 0.5, NoiseSchedule(0.1, 20.0)), 400
+    noise = torch.randn(20_000, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a = dom2_mpe.ddpm(data.noise, noise, data.schedule, n)
+    assert a.shape == (20_000, 1)
+    assert a.mean().item() == pytest.approx(0.3, abs=0.015)
+    assert a.std().item() == pytest.approx(0.5, abs=0.02)
+    once = dpm_solver(data.noise, noise[:, :1], data.schedule, n)
+    assert np.corrcoef(once[:, 0], noise[:, 0])[0, 1] > 0.99  # the one is a function of the first noise,
+    assert abs(np.corrcoef(a[:, 0], noise[:, 0])[0, 1]) < 0.2  # the other forgets it
+
+
+def test_ancestral_sampling_clips_the_predicted_action():
+    schedule, noise = NoiseSchedule(), torch.randn(4, 5, dtype=torch.float64)
+    outside, border = Gaussian(3.0, 0.0, schedule), Gaussian(1.0, 0.0, schedule)
+    clipped = dom2_mpe.ddpm(outside.noise, noise, schedule, 5, clip=True)
+    close(clipped, dom2_mpe.ddpm(border.noise, noise, schedule, 5), 1e-9)
+
+
 # ---- networks ----
 
 
@@ -531,6 +573,17 @@ def test_normaliser_of_eq_5_is_the_mean_absolute_q():
     assert max(g.abs().max() for g in scaled[0]) > 1e-3
     for up, down in zip(*scaled, strict=True):
         close(up, down, 1e-8)
+
+
+@pytest.mark.parametrize("offset", [+100.0, -100.0])
+def test_printed_normaliser_of_eq_5_has_the_sign_of_the_mean_q(offset):
+    args = options()
+    learners, batch = make_learners(args), make_batch(args)
+    policy, critic = learners["policy"], learners["critic"]
+    with torch.no_grad():
+        critic.layers[-1].bias += offset  # far from 0: E[abs(Q)] = abs(E[Q])
+        expected = dom2_mpe.q_loss(policy, critic, batch, 2.0)[0] * math.copysign(1, offset)
+        close(dom2_mpe.q_loss(policy, critic, batch, 2.0, "printed")[0], expected)
 
 
 def test_normaliser_of_eq_5_is_a_constant_for_the_gradient():

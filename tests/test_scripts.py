@@ -425,6 +425,22 @@ def test_missing_data_set_is_made_first(small, tmp_path, monkeypatch, collect):
     assert (folder / "simple_spread" / "random" / "seed_0_data" / "metadata.json").exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(solver="ddpm", prediction="noise", zeta=0.0),  # Diffusion-QL made multi-agent
+        dict(noise_net="residual", diffusion_steps=1, eta=1.0, bc_weight=0.0),
+        dict(q_normaliser="printed", solver="ddpm", diffusion_steps=2, eval_candidates=3, eta=1.0),
+        dict(raw_rewards=True, reward_scale=0.1, max_grad_norm=1.0, bf16=False),
+    ],
+    ids=str,
+)
+def test_variants_train_and_play(changes, small):
+    results = train(Args(**small | dict(updates=2) | changes))
+    assert np.isfinite(results["returns"]["none"]).all() and len(results["returns"]["none"]) == 2
+    assert results["milliseconds_per_action"] > 0
+
+
 def test_losses_that_are_not_finite_end_the_run(small, monkeypatch):
     def update(learners, *args):
         bad = torch.zeros(6)
@@ -485,7 +501,10 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     "changes",
     [
-        *({name: "nonsense"} for name in ("scenario", "dataset", "shift", "noise_net", "prediction")),
+        *(
+            {name: "nonsense"}
+            for name in ("scenario", "dataset", "shift", "noise_net", "prediction", "solver", "q_normaliser")
+        ),
         *({name: 0} for name in ("num_seeds", "updates", "batch_size", "diffusion_steps")),
         *({name: -1} for name in ("eval_interval", "eval_episodes", "eval_candidates")),
         *({name: -0.1} for name in ("eta", "zeta", "bc_weight", "reward_scale", "max_grad_norm", "beta_min")),
