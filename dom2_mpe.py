@@ -300,29 +300,30 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_learners, 1, out_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        bias, weight = self.bias.to(x.dtype), self.weight.to(x.dtype)
-        if weight.shape[2] == 1:  # as a matrix product, one column is slow, most of all backwards
-            return (x * weight.mT).sum(-1, keepdim=True) + bias
-        return torch.baddbmm(bias, x, weight)
+        if self.weight.shape[2] == 1:  # as a matrix product, one column is slow; the sum has the parameters' precision
+            return (x * self.weight.mT.to(x.dtype)).sum(-1, keepdim=True, dtype=self.bias.dtype) + self.bias
+        return self.cast(x.dtype)(x)
+
+    def cast(self, precision):
+        """The layer as a function of inputs of that precision, for those who call it often."""
+        weight, bias = self.weight.to(precision), self.bias.to(precision)
+        return lambda x: torch.baddbmm(bias, x, weight)
 
 
 class TimeFeatures(nn.Module):
-    """Random Fourier features of diffusion time (scale 30), 32 numbers: [L, B] or a float -> [L, B or 1, 32]."""
+    """Random Fourier features of diffusion time (scale 30), 32 numbers: [L or 1, B] -> [L, B, 32]."""
 
     def __init__(self, num_learners: int):
         super().__init__()
         self.register_buffer("frequency", torch.randn(num_learners, 1, 16) * 30)
 
-    def forward(self, t) -> Tensor:
-        angle = 2 * math.pi * self.frequency * (t[..., None] if isinstance(t, Tensor) else t)
+    def forward(self, t: Tensor) -> Tensor:
+        angle = 2 * math.pi * self.frequency * t[..., None].to(self.frequency.dtype)
         return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 class MLPNoiseNet(nn.Module):
-    """The ablation's noise network: an MLP of the noisy action, the observation and the time features.
-
-    The observation's share of the first layer is the same in every denoising step: `embed` computes it once.
-    """
+    """The ablation's noise network: an MLP of the noisy action, the observation and the time features."""
 
     def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, precision=None):
         super().__init__()
@@ -334,14 +335,26 @@ class MLPNoiseNet(nn.Module):
         sizes = [*widths, action_size]
         self.layers = nn.ModuleList(StackedLinear(num_learners, i, o) for i, o in pairwise(sizes))
 
-    def embed(self, obs: Tensor) -> Tensor:
-        return self.obs_in(obs)
+    def bind(self, obs: Tensor, times: Tensor):
+        """The network for these observations, and embeddings of the times: all that a denoising chain can share.
 
-    def forward(self, a: Tensor, obs_embedding: Tensor, t) -> Tensor:
-        x = (self.action_in(a) + obs_embedding + self.time_in(self.time(t))).to(dtype=self.precision)
-        for layer in self.layers[:-1]:
-            x = layer(F.silu(x))
-        return self.layers[-1](F.silu(x).to(a.dtype))
+        Args:
+            obs: [L, B, d]. times: [L, B], or [1, N] for the N times of a chain.
+
+        Returns:
+            f(a [L, B, A], embedding [L, B or 1, H]) -> [L, B, A], and the embeddings [L, B or N, H]
+        """
+        obs_part = self.obs_in(obs)
+        first, last = self.action_in.cast(obs.dtype), self.layers[-1].cast(obs.dtype)
+        hidden = [layer.cast(self.precision or obs.dtype) for layer in self.layers[:-1]]
+
+        def f(a: Tensor, time_part: Tensor) -> Tensor:
+            x = (first(a) + (obs_part + time_part)).to(dtype=self.precision)
+            for layer in hidden:
+                x = layer(F.silu(x))
+            return last(F.silu(x).to(a.dtype))
+
+        return f, self.time_in(self.time(times))
 
 
 class ResidualBlock(nn.Module):
@@ -381,20 +394,23 @@ class ResidualNoiseNet(nn.Module):
         self.up = nn.ModuleList(ResidualBlock(L, 2 * i, o, c) for i, o in pairwise(up))
         self.out = StackedLinear(L, 2 * widths[0], action_size)
 
-    def embed(self, obs: Tensor) -> Tensor:
-        return self.obs_condition(F.silu(self.obs_in(obs)))  # constant along the denoising chain
+    def bind(self, obs: Tensor, times: Tensor):
+        """As of MLPNoiseNet."""
+        obs_part = self.obs_condition(F.silu(self.obs_in(obs)))
 
-    def forward(self, a: Tensor, obs_embedding: Tensor, t) -> Tensor:
-        condition = F.silu((obs_embedding + self.time_condition(self.time(t))).to(dtype=self.precision))
-        condition = F.silu(self.condition(condition))
-        skips, x = [], a
-        for block in self.down:
-            x = block(x, condition)
-            skips.append(x)
-        x = self.middle(x, condition)
-        for block in self.up:
-            x = block(torch.cat([x, skips.pop()], -1), condition)
-        return self.out(torch.cat([x, skips.pop()], -1).to(a.dtype))
+        def f(a: Tensor, time_part: Tensor) -> Tensor:
+            condition = F.silu((obs_part + time_part).to(dtype=self.precision))
+            condition = F.silu(self.condition(condition))
+            skips, x = [], a
+            for block in self.down:
+                x = block(x, condition)
+                skips.append(x)
+            x = self.middle(x, condition)
+            for block in self.up:
+                x = block(torch.cat([x, skips.pop()], -1), condition)
+            return self.out(torch.cat([x, skips.pop()], -1).to(a.dtype))
+
+        return f, self.time_condition(self.time(times))
 
 
 SOLVERS = {"dpm": dpm_solver, "ddpm": ddpm}
@@ -413,12 +429,13 @@ class DiffusionPolicy(nn.Module):
         self, net: nn.Module, schedule: NoiseSchedule, num_steps: int, prediction: str = "action", solver=dpm_solver
     ):
         super().__init__()
-        self.net, self.schedule, self.num_steps, self.prediction = net, schedule, num_steps, prediction
-        self.solver = solver
+        self.net, self.schedule, self.num_steps = net, schedule, num_steps
+        self.prediction, self.solver = prediction, solver
+        grid = torch.tensor([time_grid(num_steps)[:-1]], dtype=torch.float64)
+        self.register_buffer("grid", grid, persistent=False)  # [1, N]
 
-    def noise(self, a: Tensor, obs_embedding: Tensor, t: float) -> Tensor:
-        """eps_theta(a, o, tau): a [L, B, A], tau a float -> [L, B, A]."""
-        f = self.net(a, obs_embedding, t)
+    def noise(self, f: Tensor, a: Tensor, t: float) -> Tensor:
+        """eps_theta(a, o, tau) from the network's output f [L, B, A] at a [L, B, A] and tau."""
         if self.prediction == "noise":
             return f
         return (a - self.schedule.alpha(t) * torch.tanh(f)) / self.schedule.sigma(t)
@@ -428,10 +445,13 @@ class DiffusionPolicy(nn.Module):
 
         ddpm needs noise for every step: [L, B, N * A].
         """
-        embedding = self.net.embed(obs)
-        a = self.solver(
-            lambda a, t: self.noise(a, embedding, t), noise, self.schedule, self.num_steps, self.prediction == "noise"
-        )
+        f, embeddings = self.net.bind(obs, self.grid)
+        at = dict(zip(time_grid(self.num_steps)[:-1], embeddings.split(1, 1), strict=True))
+
+        def noise_fn(a: Tensor, t: float) -> Tensor:
+            return self.noise(f(a, at[t]), a, t)
+
+        a = self.solver(noise_fn, noise, self.schedule, self.num_steps, clip=self.prediction == "noise")
         return a.clamp(-1, 1)
 
 
@@ -456,9 +476,9 @@ class TwinCritic(nn.Module):
         x = self.action_in(actions.reshape(L, B * K, A).repeat_interleave(2, 0)).view(2 * L, B, K, -1)
         x = x + self.obs_in(obs.repeat_interleave(2, 0))[:, :, None]
         x = x.flatten(1, 2).to(dtype=self.precision)  # [2 L, B * K, H]
-        for layer in self.layers[:-1]:
+        for layer in self.layers:
             x = layer(F.relu(x))
-        return self.layers[-1](F.relu(x).to(obs.dtype)).view(L, 2, B, K)
+        return x.view(L, 2, B, K)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -515,7 +535,8 @@ def diffusion_loss(policy: DiffusionPolicy, batch: Batch) -> Tensor:
     """
     tau = batch.tau[..., None]
     noisy = policy.schedule.alpha(tau) * batch.action + policy.schedule.sigma(tau) * batch.eps
-    f = policy.net(noisy, policy.net.embed(batch.obs), batch.tau)
+    net, embedding = policy.net.bind(batch.obs, batch.tau)
+    f = net(noisy, embedding)
     error = f - batch.eps if policy.prediction == "noise" else torch.tanh(f) - batch.action
     return error.square().sum(-1).mean(-1)
 

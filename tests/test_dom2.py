@@ -69,6 +69,12 @@ def make_batch(args, num_learners=L, dtype=torch.float64, seed=1):
     )
 
 
+def output(net, a, obs, t):
+    """A noise network at a noisy action, an observation and a time (a float, or one for every sample)."""
+    f, embedding = net.bind(obs, t if isinstance(t, torch.Tensor) else torch.tensor([[t]], dtype=obs.dtype))
+    return f(a, embedding)
+
+
 def learner_state(module, learner, num_learners=L):
     """What a stacked module's state dict would be, were `learner` its only one."""
     return {k: v.unflatten(0, (num_learners, -1))[learner].clone() for k, v in module.state_dict().items()}
@@ -267,21 +273,20 @@ def test_stacked_linear_starts_like_a_linear_layer():
 def test_noise_networks(noise_net):
     args = options(noise_net=noise_net)
     net, batch = make_learners(args)["policy"].net, make_batch(args)
-    embedding = net.embed(batch.obs)
-    out = net(batch.policy_noise, embedding, 0.4)
+    a, obs = batch.policy_noise, batch.obs
+    out = output(net, a, obs, 0.4)
     assert out.shape == (L, B, A) and out.isfinite().all()
-    close(net(batch.policy_noise, embedding, torch.full((L, B), 0.4, dtype=torch.float64)), out)
-    times = net(batch.policy_noise, embedding, batch.tau)  # a time for every sample
+    close(output(net, a, obs, torch.full((L, B), 0.4, dtype=torch.float64)), out)
+    times = output(net, a, obs, batch.tau)  # a time for every sample
     for learner in range(L):
         for b in range(B):
             t = batch.tau[learner, b].item()
-            close(net(batch.policy_noise, embedding, t)[learner, b], times[learner, b])
-    for other in (  # everything that it is given matters
-        net(batch.policy_noise + 0.1, embedding, 0.4),
-        net(batch.policy_noise, net.embed(batch.obs + 0.1), 0.4),
-        net(batch.policy_noise, embedding, 0.41),
-    ):
-        assert (other - out).abs().amax((1, 2)).min() > 1e-5
+            close(output(net, a, obs, t)[learner, b], times[learner, b])
+    f, embeddings = net.bind(obs, torch.tensor([[0.7, 0.4]], dtype=torch.float64))  # of a chain
+    assert embeddings.shape[:2] == (L, 2)
+    close(f(a, embeddings[:, 1:]), out)
+    for other in (output(net, a + 0.1, obs, 0.4), output(net, a, obs + 0.1, 0.4), output(net, a, obs, 0.41)):
+        assert (other - out).abs().amax((1, 2)).min() > 1e-5  # everything that it is given matters
 
 
 def test_residual_noise_network_has_the_shape_of_figure_8():
@@ -298,7 +303,7 @@ def test_residual_noise_network_has_the_shape_of_figure_8():
 def test_mlp_noise_network_is_a_plain_mlp_per_learner():
     args = options(noise_net="mlp")
     net, batch, t = make_learners(args)["policy"].net, make_batch(args), 0.3
-    out = net(batch.policy_noise, net.embed(batch.obs), t)
+    out = output(net, batch.policy_noise, batch.obs, t)
     for learner in range(L):
         angle = 2 * math.pi * t * net.time.frequency[learner, 0]
         x = torch.cat([batch.obs[learner], batch.policy_noise[learner]], 1)
@@ -335,7 +340,7 @@ def test_policy_embeds_once_what_every_step_needs(noise_net, prediction):
     policy, batch = make_learners(args)["policy"], make_batch(args)
 
     def noise(a, t):
-        f = policy.net(a, policy.net.embed(batch.obs), t)
+        f = output(policy.net, a, batch.obs, t)
         schedule = policy.schedule
         return f if prediction == "noise" else (a - schedule.alpha(t) * f.tanh()) / schedule.sigma(t)
 
@@ -349,7 +354,7 @@ def test_policy_embeds_once_what_every_step_needs(noise_net, prediction):
 def test_policy_of_one_step_acts_what_the_network_predicts():
     args = options(prediction="action", diffusion_steps=1)
     policy, batch = make_learners(args)["policy"], make_batch(args)
-    clean = policy.net(batch.policy_noise, policy.net.embed(batch.obs), 1.0).tanh()
+    clean = output(policy.net, batch.policy_noise, batch.obs, 1.0).tanh()
     alpha, sigma = policy.schedule.alpha, policy.schedule.sigma
     eps = (batch.policy_noise - alpha(1.0) * clean) / sigma(1.0)
     close(policy(batch.obs, batch.policy_noise), (alpha(1e-3) * clean + sigma(1e-3) * eps).clamp(-1, 1))
@@ -476,7 +481,7 @@ def test_diffusion_loss_is_eq_3(noise_net, prediction):
             log_alpha = -(args.beta_max - args.beta_min) / 4 * tau**2 - args.beta_min / 2 * tau
             alpha = math.exp(log_alpha)
             noisy = alpha * action + math.sqrt(1 - alpha**2) * eps
-            out = net(noisy[None, None], net.embed(batch.obs[learner, b][None, None]), tau)[0, 0].tolist()
+            out = output(net, noisy[None, None], batch.obs[learner, b][None, None], tau)[0, 0].tolist()
             if prediction == "noise":
                 total += sum((e - f) ** 2 for e, f in zip(eps.tolist(), out, strict=True))
             else:
@@ -490,7 +495,8 @@ def test_action_prediction_is_eq_3_with_another_weight(tau):
     policy, batch = make_learners(args)["policy"], make_batch(args)
     batch = batch._replace(tau=torch.full_like(batch.tau, tau))
     alpha, sigma = policy.schedule.alpha(tau), policy.schedule.sigma(tau)
-    eps = policy.noise(alpha * batch.action + sigma * batch.eps, policy.net.embed(batch.obs), tau)
+    noisy = alpha * batch.action + sigma * batch.eps
+    eps = policy.noise(output(policy.net, noisy, batch.obs, tau), noisy, tau)
     eq_3 = (batch.eps - eps).square().sum(-1).mean(-1)
     close(dom2_mpe.diffusion_loss(policy, batch), (sigma / alpha) ** 2 * eq_3, 1e-8)
 
