@@ -46,8 +46,8 @@ from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
 
 @dataclass
 class Args:
-    scenario: tuple[str, ...] = tuple(SCENARIOS)
-    """which scenarios"""
+    scenario: tuple[str, ...] = ("simple_spread", "simple_tag", "simple_world")
+    """which scenarios: those three, or landmarks6"""
     dataset: tuple[str, ...] = DATASETS
     """which data sets of each"""
     num_transitions: int = 1_000_000
@@ -84,6 +84,8 @@ RECIPES = {
     "simple_world": Recipe(
         {"random": -6.8, "medium-replay": 1.2, "medium": 65.9, "expert": 85.2}, 2_750, 30_000, (64, 64)
     ),
+    # nothing is published for it: random actions reach 69, TD3 soon 80 and, more and more slowly, 90
+    "landmarks6": Recipe({"medium": 80.0, "expert": 90.0}, 0, 10_000, (48, 128)),
 }
 ACTION_NOISE = 0.1  # of the medium and expert data sets
 

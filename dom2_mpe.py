@@ -51,7 +51,7 @@ class RunArgs:
     """Options of a run, whatever the algorithm."""
 
     scenario: str = "simple_tag"
-    """simple_spread (cooperative navigation), simple_tag (predator-prey) or simple_world"""
+    """simple_spread (cooperative navigation), simple_tag (predator-prey), simple_world or landmarks6 (Figure 1)"""
     dataset: str = "random"
     """random, random-medium, medium-replay, medium, medium-expert or expert"""
     data_dir: str = "datasets"
@@ -83,8 +83,8 @@ class RunArgs:
     """updates between evaluations in the standard environment"""
     eval_episodes: int = 1000
     """episodes per seed of every evaluation"""
-    shift: str = "speed"
-    """shifted environment of the final evaluation: speed or none"""
+    shift: str | None = None
+    """shifted environment of the final evaluation: speed, dismiss (landmarks6) or none; None: the scenario's own"""
     cuda: bool = True
     """use a GPU when there is one"""
     compile: bool = False
@@ -167,7 +167,27 @@ SETTINGS = {
     ("simple_world", "medium"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5),
     ("simple_world", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5),
     ("simple_world", "expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5),
+    ("landmarks6", "random"): (5_000, (64, 64), 1e-3, 1e-3, 5.0, 0.0),
+    ("landmarks6", "random-medium"): (5_000, (64, 64), 1e-3, 1e-3, 5.0, 0.0),
+    ("landmarks6", "medium-replay"): (5_000, (64, 64), 1e-3, 1e-3, 5.0, 0.0),
+    ("landmarks6", "medium"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5),
+    ("landmarks6", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5),
+    ("landmarks6", "expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5),
 }
+
+
+def resolve_run(args: RunArgs) -> RunArgs:
+    """Check scenario, data set and shift, and fill the shift where it was left open.
+
+    Raises:
+        UserError: there is no such scenario, data set or shift.
+    """
+    common.check_choice("--scenario", args.scenario, SCENARIOS)
+    common.check_choice("--dataset", args.dataset, common.DATASETS)
+    shifts = SCENARIOS[args.scenario].shifts
+    args = replace(args, shift=args.shift or shifts[0])
+    common.check_choice("--shift", args.shift, (*shifts, "none"))
+    return args
 
 
 def resolve(args: Args) -> Args:
@@ -176,9 +196,7 @@ def resolve(args: Args) -> Args:
     Raises:
         UserError: an option has no meaning.
     """
-    common.check_choice("--scenario", args.scenario, SCENARIOS)
-    common.check_choice("--dataset", args.dataset, common.DATASETS)
-    common.check_choice("--shift", args.shift, ("speed", "none"))
+    args = resolve_run(args)
     common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
     common.check_choice("--prediction", args.prediction, ("action", "noise"))
     common.check_choice("--solver", args.solver, SOLVERS)
@@ -759,15 +777,17 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
 
 
 @torch.no_grad()
-def rollout(act, args: RunArgs, env: ParticleEnv, prey: dict | None, on_step=None) -> Tensor:
+def rollout(act, args: RunArgs, env: ParticleEnv, prey: dict | None, on_step=None, start=None) -> Tensor:
     """Play one episode in every world of `env`, worlds shared out over the S seeds' teams: team returns [S, E].
 
-    `act` maps observations [L, E, d] and a torch.Generator to actions [L, E, A].
+    `act` maps observations [L, E, d] and a torch.Generator to actions [L, E, A]. `start`, if given, is the first state,
+    as `ParticleEnv.set_state` takes it.
     """
     S, n = args.num_seeds, env.spec.num_controlled
     E = env.num_envs // S
     generator = torch.Generator(env.device).manual_seed(args.seed + 20_000)
-    obs, returns = env.reset(), torch.zeros(env.num_envs, device=env.device)
+    obs = env.reset() if start is None else env.set_state(*start)
+    returns = torch.zeros(env.num_envs, device=env.device)
     for _ in range(EPISODE_STEPS):
         if on_step is not None:
             on_step()
@@ -787,6 +807,40 @@ def evaluate(act, args: RunArgs, shift: str, prey: dict | None, device) -> Tenso
     """
     env = ParticleEnv(args.scenario, args.num_seeds * args.eval_episodes, shift, device, seed=args.seed + 10_000)
     return rollout(act, args, env, prey).mean(1).cpu()
+
+
+def assignments(act, args: RunArgs, shift: str, device, starts: int = 20, episodes: int = 100) -> dict:
+    """How many ways the team finds from the same first state (Figures 1 and 2): at the end, which landmark is whose?
+
+    Returns:
+        distinct: different assignments of the agents to their nearest landmarks in `episodes` episodes, mean over
+        `starts` first states; entropy: of their frequencies, in bits; both one number per seed. Of the first seed's
+        first start: landmarks [m, 2], and the paths of ten episodes [10, 26, n, 2].
+    """
+    env = ParticleEnv(args.scenario, starts, shift, device, seed=args.seed + 30_000)
+    env.reset()
+    start = [x.repeat_interleave(episodes, 0).repeat(args.num_seeds, 1, 1) for x in (env.agent_pos, env.landmark_pos)]
+    env = ParticleEnv(args.scenario, len(start[0]), device=device)
+    paths = []
+    rollout(
+        act,
+        args,
+        env,
+        None,
+        on_step=lambda: paths.append(env.agent_pos[:10].cpu()),
+        start=(start[0], torch.zeros_like(start[0]), start[1]),
+    )
+    paths.append(env.agent_pos[:10].cpu())
+    nearest = torch.cdist(env.agent_pos, env.landmark_pos).argmin(-1)  # [S * starts * episodes, n]
+    code = (nearest * env.num_landmarks ** torch.arange(nearest.shape[1], device=device)).sum(-1)
+    counts = F.one_hot(code, env.num_landmarks ** nearest.shape[1]).view(args.num_seeds, starts, episodes, -1).sum(2)
+    entropy = torch.special.entr(counts / episodes).sum(-1) / math.log(2)  # [S, starts]
+    return {
+        "distinct": (counts > 0).sum(-1).float().mean(1).tolist(),
+        "entropy": entropy.mean(1).tolist(),
+        "landmarks": env.landmark_pos[0].tolist(),
+        "paths": torch.stack(paths, 1).double().round(decimals=3).tolist(),
+    }
 
 
 def action_std(act, data: Data, num_learners: int) -> float:
@@ -1035,6 +1089,8 @@ def train(args: RunArgs, algorithm) -> dict:
         "command": "python " + " ".join(sys.argv),
         "commit": git_commit(),
     }
+    if args.scenario == "landmarks6":
+        results["assignments"] = {shift: assignments(act, args, shift, device) for shift in results["returns"]}
     name = "evaluation.json" if args.eval_only else "results.json"
     (run / name).write_text(json.dumps(results, indent=2) + "\n")
     print_table(results)
@@ -1117,6 +1173,9 @@ def print_table(results: dict) -> None:
             f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>16}"
         )
     print()
+    for shift, found in results.get("assignments", {}).items():
+        distinct, entropy = (sum(found[key]) / seeds for key in ("distinct", "entropy"))
+        print(f"{shift}: {distinct:.1f} assignments of agents to landmarks from one start, entropy {entropy:.2f} bits")
 
 
 def write_gif(act, args: RunArgs, prey: dict | None, path: Path, episodes: int = 4) -> Path:

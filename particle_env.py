@@ -1,4 +1,4 @@
-"""Batched particle worlds: cooperative navigation, predator-prey and World, as tensors.
+"""Batched particle worlds: cooperative navigation, predator-prey, World and six landmarks, as tensors.
 
 These are the variants of the multi-agent particle environments that offline multi-agent RL papers since OMAR (Pan et
 al., ICML 2022) use: their own rewards and forces, no communication. All `num_envs` worlds advance in one `step`, on
@@ -48,6 +48,12 @@ class Scenario:
     landmark_range: float  # landmarks start uniformly in [-landmark_range, landmark_range]^2
     v_min: float  # shift "speed": v_j ~ U[v_min, 1] (Sec. 5.2 of the DOM2 paper)
     catch_reward: float = 0.0  # predators' reward for each predator that touches the prey
+    num_dismissed: int = 0  # landmarks that vanish under the shift "dismiss"
+
+    @property
+    def shifts(self) -> tuple[str, ...]:
+        """The shifted environments that the scenario has, the one it is made for first."""
+        return ("dismiss", "speed") if self.num_dismissed else ("speed",)
 
 
 HUNTERS = ("adversary_0", "adversary_1", "adversary_2", "agent_0")  # MPE calls the predators adversaries
@@ -90,6 +96,20 @@ SCENARIOS = {
         v_min=0.5,
         catch_reward=5.0,
     ),
+    # the example of Figures 1 and 2: every agent is paid for its own nearest landmark
+    "landmarks6": Scenario(
+        agents=("agent_0", "agent_1", "agent_2"),
+        num_controlled=3,
+        agent_size=(0.15,) * 3,
+        gain=(5.0,) * 3,
+        max_speed=(INF,) * 3,
+        landmarks=("landmark",) * 6,
+        landmark_size=(0.05,) * 6,
+        num_solid=0,
+        landmark_range=1.0,
+        v_min=0.3,
+        num_dismissed=3,
+    ),
 }
 
 
@@ -109,10 +129,12 @@ class ParticleEnv:
     """`num_envs` independent worlds of one scenario, stepped at once.
 
     Args:
-        scenario: "simple_spread" (cooperative navigation), "simple_tag" (predator-prey) or "simple_world".
+        scenario: "simple_spread" (cooperative navigation), "simple_tag" (predator-prey), "simple_world" or
+            "landmarks6" (three agents and six landmarks, the paper's first example).
         num_envs: number of worlds E.
         shift: None, or "speed": at every reset each controlled agent j draws v_j ~ U[v_min, 1], which multiplies its
-            force and its speed cap; v_j = 1 is the standard environment.
+            force and its speed cap; v_j = 1 is the standard environment. Or, in landmarks6, "dismiss": at every reset
+            three landmarks vanish, and their places in the observation repeat landmarks that remain.
         device, dtype: where and in what precision the worlds live.
         seed: seeds this object's own random generator; all randomness is in `reset`.
 
@@ -123,8 +145,9 @@ class ParticleEnv:
     def __init__(self, scenario, num_envs, shift=None, device="cpu", dtype=torch.float32, seed=0):
         if scenario not in SCENARIOS:
             raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
-        if shift not in (None, "none", "speed"):
-            raise ValueError(f"unknown shift {shift!r}: choose 'speed' or none")
+        shifts = SCENARIOS[scenario].shifts
+        if shift not in (None, "none", *shifts):
+            raise ValueError(f"unknown shift {shift!r} of {scenario}: choose {' or '.join(shifts)} or none")
         self.scenario, self.spec, self.num_envs = scenario, SCENARIOS[scenario], num_envs
         self.shift, self.device, self.dtype = shift, torch.device(device), dtype
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -150,7 +173,7 @@ class ParticleEnv:
 
     def _extra_sizes(self):
         """Observation entries beyond velocity, position and relative positions, per agent."""
-        if self.scenario == "simple_spread":
+        if self.num_agents == self.spec.num_controlled:
             return (4, 4, 4)  # the two silent others' messages
         forests = self.spec.landmarks.count("forest")
         return (2 + forests,) * 3 + (forests,)  # predators also see the prey's velocity
@@ -165,6 +188,12 @@ class ParticleEnv:
         self.agent_pos = self._uniform(E, n, 2)
         self.agent_vel = torch.zeros_like(self.agent_pos)
         self.landmark_pos = self._uniform(E, self.num_landmarks, 2, low=-r, high=r)
+        if self.shift == "dismiss":
+            order = self._uniform(E, self.num_landmarks).argsort(1)  # of the landmarks, the last ones vanish
+            remain, vanish = order.split([self.num_landmarks - self.spec.num_dismissed, self.spec.num_dismissed], 1)
+            pick = self._uniform(E, vanish.shape[1], low=0, high=remain.shape[1]).long()
+            source = torch.empty_like(order).scatter_(1, order, torch.cat([remain, remain.gather(1, pick)], 1))
+            self.landmark_pos = self.landmark_pos.gather(1, source[..., None].expand(-1, -1, 2))
         if self.shift == "speed":
             k = self.spec.num_controlled
             self.speed[:, :k] = self._uniform(E, k, low=self.spec.v_min, high=1.0)
@@ -215,7 +244,7 @@ class ParticleEnv:
         landmarks = (self.landmark_pos[:, None] - pos[:, :, None]).flatten(2)  # [E, n, 2 m]
         others = (pos[:, self._others] - pos[:, :, None]).flatten(2)  # [E, n, 2 (n - 1)]
         parts = [vel, pos, landmarks, others]
-        if self.scenario == "simple_spread":
+        if n == self.spec.num_controlled:
             obs = torch.cat([*parts, pos.new_zeros(E, n, 4)], -1)
             return list(obs.unbind(1))
         parts.append(vel[:, -1:].expand(E, n, 2))  # the prey's velocity
@@ -230,9 +259,12 @@ class ParticleEnv:
 
     def _rewards(self) -> Tensor:
         pos, size = self.agent_pos, self.agent_size
-        if self.scenario == "simple_spread":
-            nearest = _distance(pos[:, :, None], self.landmark_pos[:, None]).amin(1)  # [E, m]
-            cover = (1 / nearest).clamp(max=10.0).sum(-1, keepdim=True)  # [E, 1]
+        if self.num_agents == self.spec.num_controlled:
+            d = _distance(pos[:, :, None], self.landmark_pos[:, None])  # [E, n, m]
+            if self.scenario == "simple_spread":  # all agents share the landmarks' proximity to their nearest agent
+                cover = (1 / d.amin(1)).clamp(max=10.0).sum(-1, keepdim=True)  # [E, 1]
+            else:  # each has its own to its nearest landmark
+                cover = (1 / d.amin(2)).clamp(max=10.0)  # [E, n]
             touching = _distance(pos[:, :, None], pos[:, self._others]) < size[:, None] + size[self._others]
             return cover - 5.0 * touching.sum(-1)
         d = _distance(pos[:, :-1], pos[:, -1:])  # predators to prey [E, 3]

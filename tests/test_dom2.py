@@ -920,6 +920,32 @@ def test_evaluate_depends_on_seed_and_shift_alone():
     assert (first != score(seed=1)).all()
 
 
+@pytest.mark.parametrize("shift", ["none", "dismiss"])
+def test_assignments_are_counted_from_one_start(shift):
+    args = options(scenario="landmarks6", num_seeds=2)
+
+    def wander(obs, generator):  # seed 0's agents go anywhere, seed 1's stay
+        direction = obs[..., :2] / obs[..., :2].norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        noise = torch.randn(*obs.shape[:2], 2, generator=generator)
+        return (
+            torch.where(direction.any(-1, keepdim=True), direction, noise)
+            * torch.tensor([1.0] * 3 + [0.0] * 3)[:, None, None]
+        )
+
+    found = dom2_mpe.assignments(wander, args, shift, "cpu", starts=1, episodes=10)
+    paths, landmarks = np.array(found["paths"]), np.array(found["landmarks"])
+    assert paths.shape == (10, 26, 3, 2) and landmarks.shape == (6, 2)
+    assert (paths[:, 0] == paths[0, 0]).all()  # one start
+    assert len(np.unique(landmarks, axis=0)) == {"none": 6, "dismiss": 3}[shift]
+    ends = [
+        tuple(tuple(min(landmarks.tolist(), key=lambda x: math.dist(x, end))) for end in path[-1]) for path in paths
+    ]
+    shares = [ends.count(way) / 10 for way in set(ends)]
+    assert len(shares) > 1
+    assert found["distinct"] == [len(shares), 1.0]
+    assert found["entropy"] == pytest.approx([-sum(p * math.log2(p) for p in shares), 0.0], abs=1e-5)
+
+
 # ---- it learns ----
 
 

@@ -19,6 +19,8 @@ from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv, draw, parallel_e
 
 HERE = Path(__file__).parent
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
+PUBLISHED = [scenario for scenario in SCENARIOS if scenario != "landmarks6"]  # others' sources describe these
+every_published_scenario = pytest.mark.parametrize("scenario", PUBLISHED)
 
 
 def close(actual, expected, tolerance):
@@ -40,7 +42,7 @@ def crowded(scenario, num_envs, seed=0):
 # ---- recorded trajectories ----
 
 
-@pytest.fixture(scope="module", params=SCENARIOS)
+@pytest.fixture(scope="module", params=PUBLISHED)
 def golden(request):
     with np.load(HERE / "golden" / f"{request.param}.npz") as data:
         return request.param, {key: torch.from_numpy(data[key]) for key in data.files}
@@ -141,7 +143,7 @@ class Mpe2:
         return sum(self.scenario.is_collision(a, e) for a in agents for e in solid if e is not a)
 
 
-@every_scenario
+@every_published_scenario
 def test_constants_are_those_of_mpe2(scenario):
     spec, world = SCENARIOS[scenario], Mpe2(scenario).world
     assert spec.agent_size == tuple(agent.size for agent in world.agents)
@@ -154,7 +156,7 @@ def test_constants_are_those_of_mpe2(scenario):
     assert (particle_env.CONTACT_FORCE, particle_env.CONTACT_MARGIN) == (world.contact_force, world.contact_margin)
 
 
-@every_scenario
+@every_published_scenario
 @pytest.mark.parametrize("shift", [None, "speed"])
 def test_step_agrees_with_mpe2(scenario, shift):
     E, mpe2 = 150, Mpe2(scenario)
@@ -173,7 +175,7 @@ def test_step_agrees_with_mpe2(scenario, shift):
     assert contacts > E / 2
 
 
-@every_scenario
+@every_published_scenario
 def test_observations_agree_with_mpe2(scenario):
     E, mpe2 = 50, Mpe2(scenario)
     *state, _ = crowded(scenario, E, seed=1)
@@ -186,7 +188,7 @@ def test_observations_agree_with_mpe2(scenario):
             close(ours[e], theirs[: ours.shape[1]], 1e-12)
 
 
-@every_scenario
+@every_published_scenario
 def test_rewards_agree_with_mpe2_up_to_omar_changes(scenario):
     """Contacts, catches, food and the boundary penalty are mpe2's; only the terms that OMAR changed are put right."""
     E, mpe2 = 300, Mpe2(scenario)
@@ -246,7 +248,7 @@ def test_same_seed_same_episodes(scenario):
 def test_shift_draws_speeds_uniformly_at_each_reset(scenario):
     E, spec = 20_000, SCENARIOS[scenario]
     env, k, low = ParticleEnv(scenario, E, shift="speed"), spec.num_controlled, spec.v_min
-    assert low == {"simple_spread": 0.3, "simple_tag": 0.4, "simple_world": 0.5}[scenario]
+    assert low == {"simple_spread": 0.3, "simple_tag": 0.4, "simple_world": 0.5, "landmarks6": 0.3}[scenario]
     draws = []
     for _ in range(2):
         env.reset()
@@ -347,7 +349,7 @@ def test_worlds_are_independent(scenario):
 def test_bad_inputs_are_named():
     with pytest.raises(ValueError, match=r"simple_tagg.*simple_spread, simple_tag, simple_world"):
         ParticleEnv("simple_tagg", 1)
-    with pytest.raises(ValueError, match=r"fast.*'speed'"):
+    with pytest.raises(ValueError, match=r"fast.*simple_tag.*speed"):
         ParticleEnv("simple_tag", 1, shift="fast")
     with pytest.raises(ValueError, match=r"human.*'rgb_array'"):
         parallel_env("simple_tag", render_mode="human")
@@ -426,6 +428,7 @@ def test_draw_shows_every_entity_where_it_is(scenario):
         "simple_spread": ["blue"] * 3 + ["dark"] * 3,
         "simple_tag": ["red"] * 3 + ["blue"] + ["dark"] * 2,
         "simple_world": ["red"] * 3 + ["blue", "dark"] + ["green"] * 4,
+        "landmarks6": ["blue"] * 3 + ["dark"] * 6,
     }[scenario]
     assert [looks(*pixel(x, y)) for x, y in spots.tolist()] == expected + ["nothing"] * (9 - n - m)
     env.agent_pos[0, 0] = torch.tensor([3.0, -2.0])  # an agent that left comes into view, in its corner
@@ -458,3 +461,63 @@ def test_import_leaves_mujoco_alone(tmp_path):
     env = {**os.environ, "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+# ---- landmarks6 ----
+
+
+def test_landmarks6_is_cooperative_navigation_with_more_landmarks_and_rewards_of_ones_own():
+    E = 50
+    pos, vel, landmarks, actions = crowded("landmarks6", E)
+    env, spread = (ParticleEnv(scenario, E, dtype=torch.float64) for scenario in ("landmarks6", "simple_spread"))
+    env.set_state(pos, vel, landmarks), spread.set_state(pos, vel, landmarks[:, :3])
+    obs, rewards = env.step(actions)
+    obs_3, _ = spread.step(actions)
+    assert torch.equal(env.agent_pos, spread.agent_pos) and torch.equal(env.agent_vel, spread.agent_vel)
+    touches = 0
+    for e in range(E):
+        for i in range(3):
+            here = env.agent_pos[e, i]
+            close(
+                obs[i][e], torch.cat([obs_3[i][e, :10], (landmarks[e, 3:] - here).flatten(), obs_3[i][e, 10:]]), 1e-12
+            )
+            expected = min(1 / min((here - x).norm().item() for x in landmarks[e]), 10.0)
+            touching = sum((here - env.agent_pos[e, j]).norm().item() < 0.3 for j in range(3) if j != i)
+            assert rewards[e, i].item() == pytest.approx(expected - 5 * touching, abs=1e-9)
+            touches += touching
+    assert 20 < touches < 280  # with and without collisions
+    close(env.score(rewards), rewards.mean(1), 1e-12)
+
+
+def test_dismissed_landmarks_repeat_those_that_remain():
+    E = 20_000
+    env, standard = ParticleEnv("landmarks6", E, shift="dismiss"), ParticleEnv("landmarks6", E)
+    drawn = []
+    for _ in range(2):
+        obs, _ = env.reset(), standard.reset()
+        if not drawn:  # the same seed: what was there before three vanished
+            before = standard.landmark_pos
+        now = env.landmark_pos
+        same = (now[:, :, None] == now[:, None]).all(-1)  # [E, 6, 6]
+        assert (same.float().sum((1, 2)) >= 12).all()
+        distinct = torch.tensor([len(np.unique(world, axis=0)) for world in now[:500].numpy()])
+        assert (distinct == 3).all()  # three remain
+        close(obs[0][:, 4:16].reshape(E, 6, 2), now - env.agent_pos[:, :1], 1e-6)
+        drawn.append(now)
+    stay = (drawn[0] == before).all(-1)  # [E, 6], in their own places
+    assert (stay.sum(1) == 3).all()
+    close(stay.float().mean(0), np.full(6, 0.5), 0.02)
+    pairs = (stay.float().T @ stay.float() / E).numpy()  # two of six remain together with probability 1/5
+    close(pairs[~np.eye(6, dtype=bool)], np.full(30, 0.2), 0.02)
+    copies = (drawn[0][:, :, None] == before[:, None]).all(-1).float().sum(1)  # [E, 6], of each landmark
+    assert (copies[~stay] == 0).all() and (copies.sum(1) == 6).all()
+    shares = torch.bincount(copies[stay].long()) / (
+        3 * E
+    )  # 1 + Binomial(3, 1/3): a vanished one picks any of the three
+    close(shares, [0, 8 / 27, 12 / 27, 6 / 27, 1 / 27], 0.01)
+
+
+@pytest.mark.parametrize("scenario", PUBLISHED)
+def test_only_landmarks6_dismisses(scenario):
+    with pytest.raises(ValueError, match="dismiss"):
+        ParticleEnv(scenario, 1, shift="dismiss")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import common
-from particle_env import SCENARIOS
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "results").glob("*/*.json"))
@@ -29,7 +28,7 @@ def test_results_file_is_complete_and_in_its_place(path):
     assert results.keys() >= KEYS
     assert results["data"].keys() >= {"mean", "std", "max", "transitions"}
     assert path == ROOT / "results" / results["algorithm"] / f"{results['scenario']}-{results['dataset']}.json"
-    assert results["returns"].keys() == {"none", "speed"}
+    assert results["returns"].keys() == {"none", "dismiss" if results["scenario"] == "landmarks6" else "speed"}
     assert all(len(returns) == results["num_seeds"] >= 3 for returns in results["returns"].values())
     assert results["eval_episodes"] >= 1000
     assert re.fullmatch("[0-9a-f]{40}", results["commit"]) and results["command"].startswith("python dom2_mpe.py ")
@@ -59,7 +58,7 @@ def row(scenario, dataset):
 
 
 @pytest.mark.parametrize("dataset", common.DATASETS)
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", ("simple_spread", "simple_tag", "simple_world"))
 def test_readme_shows_the_raw_results(scenario, dataset):
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert row(scenario, dataset) in lines

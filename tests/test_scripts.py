@@ -441,6 +441,14 @@ def test_variants_train_and_play(changes, small):
     assert results["milliseconds_per_action"] > 0
 
 
+def test_landmarks6_reports_what_its_figures_show(small, capsys):
+    results = train(Args(**small | dict(scenario="landmarks6", updates=1)))
+    assert results["returns"].keys() == results["assignments"].keys() == {"none", "dismiss"}
+    for found in results["assignments"].values():
+        assert len(found["distinct"]) == len(found["entropy"]) == 2 and min(found["distinct"]) >= 1
+    assert "dismiss: " in capsys.readouterr().out
+
+
 def test_losses_that_are_not_finite_end_the_run(small, monkeypatch):
     def update(learners, *args):
         bad = torch.zeros(6)
