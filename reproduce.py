@@ -29,12 +29,25 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import tyro
 from tqdm import tqdm
 
 import common
-from common import DATASETS, ROOT, UserError
+from common import ROOT, UserError
+from report import (
+    ACTION_TIME,
+    ALGORITHMS,
+    MUJOCO,
+    STEPS,
+    TARGETS,
+    Cell,
+    Variant,
+    command_line,
+    read,
+    result_path,
+    write,
+    write_report,
+)
 
 
 @dataclass
@@ -73,137 +86,6 @@ class Args:
     """folder of the raw results, the report and the paper's numbers"""
     run_dir: str = "runs/reproduce"
     """folder of the cells' run folders and logs"""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What the paper shows. A cell is an algorithm with options on a data set; a target is a set of cells.
-
-
-class Algorithm(NamedTuple):
-    name: str  # as the paper writes it
-    script: str
-    options: dict  # that make it this algorithm
-
-
-ALGORITHMS = {
-    "bc": Algorithm("BC", "dom2_{family}.py", {"eta": 0}),
-    "ma_bc": Algorithm("MA-BC", "baselines/ma_bc.py", {}),
-    "ma_td3bc": Algorithm("MA-TD3+BC", "baselines/ma_td3bc.py", {}),
-    "ma_cql": Algorithm("MA-CQL", "baselines/ma_cql.py", {}),
-    "omar": Algorithm("OMAR", "baselines/omar.py", {}),
-    "ma_sfbc": Algorithm("MA-SfBC", "baselines/ma_sfbc.py", {}),
-    "madiff": Algorithm("MADiff", "baselines/madiff.py", {}),
-    "dom2": Algorithm("DOM2", "dom2_{family}.py", {}),
-}
-PARTICLE, MUJOCO = ("simple_tag", "simple_world", "simple_spread"), ("HalfCheetah",)
-FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
-STEPS = (1, 2, 3, 5, 10)
-
-
-def command_line(options) -> list[str]:
-    """(field, value) pairs as command-line options: --eta 0, --augment, --no-augment."""
-    words = []
-    for field, value in options:
-        name = field.replace("_", "-")
-        words += [f"--no-{name}"] if value is False else [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
-
-
-class Variant(NamedTuple):
-    """An algorithm with options of its script, (field, value) pairs."""
-
-    algorithm: str
-    options: tuple[tuple[str, object], ...] = ()
-
-    @property
-    def folder(self) -> str:
-        """Name of its folder in results/: omar, dom2-no-augment, dom2-data-fraction-0.05."""
-        return "-".join([self.algorithm, *(word.lstrip("-") for word in command_line(self.options))])
-
-    @property
-    def label(self) -> str:
-        return ALGORITHMS[self.algorithm].name + self.folder.removeprefix(self.algorithm).replace("-", " ")
-
-
-class Cell(NamedTuple):
-    variant: Variant
-    scenario: str
-    dataset: str
-
-    def __str__(self) -> str:
-        return f"{self.variant.folder}/{self.scenario}-{self.dataset}"
-
-
-class Target(NamedTuple):
-    title: str
-    shifts: tuple[str, ...]
-    blocks: tuple  # of (variants, scenarios, datasets): the cells are all their combinations
-
-    def cells(self, args: Args) -> list[Cell]:
-        """Its cells, without what --scenarios, --datasets and --algorithms leave out."""
-        cells = {
-            Cell(v, s, d): None
-            for variants, scenarios, datasets in self.blocks
-            for s in scenarios
-            for d in datasets
-            for v in variants
-            if s in (args.scenarios or (s,)) and d in (args.datasets or (d,))
-            if v.algorithm in (args.algorithms or (v.algorithm,))
-        }
-        return list(cells)
-
-
-def variants(algorithms: tuple[str, ...], **options) -> tuple[Variant, ...]:
-    return tuple(Variant(algorithm, tuple(options.items())) for algorithm in algorithms)
-
-
-def with_fraction(algorithms: tuple[str, ...], fraction: float) -> tuple[Variant, ...]:
-    return variants(algorithms, data_fraction=fraction) if fraction < 1 else variants(algorithms)
-
-
-TABLE = variants(("bc", "ma_cql", "omar", "ma_sfbc", "dom2"))
-BASELINES = ("ma_bc", "ma_td3bc", "ma_cql", "omar", "ma_sfbc", "madiff")
-NO_REPLAY = tuple(d for d in DATASETS if d != "medium-replay")
-ABLATIONS = (
-    *variants(("dom2", "bc")),  # bc: without policy improvement
-    *variants(("dom2",), bc_weight=0),
-    *variants(("dom2",), augment=False),
-    *variants(("dom2",), noise_net="residual"),
-    *variants(("dom2",), prediction="noise"),
-    *variants(("dom2",), solver="ddpm"),
-    *variants(("dom2",), zeta=0),
-)
-STEP_COUNTS = tuple(v for n in STEPS for v in variants(("dom2",), diffusion_steps=n))
-TARGETS = {
-    "table1": Target("Table 1: particle environments", ("none",), ((TABLE, PARTICLE, DATASETS),)),
-    "table2": Target("Table 2: shifted particle environments", ("speed",), ((TABLE, PARTICLE, DATASETS),)),
-    "table3": Target("Table 3: HalfCheetah", ("none",), ((TABLE, MUJOCO, DATASETS),)),
-    "table4": Target("Table 4: shifted HalfCheetah", ("random", "extreme"), ((TABLE, MUJOCO, DATASETS),)),
-    "fig2": Target(
-        "Figure 2: three agents, six landmarks",
-        ("none", "dismiss"),
-        ((variants(("ma_cql", "omar", "dom2")), ("landmarks6",), ("expert",)),),
-    ),
-    "fig5": Target(
-        "Figure 5: data efficiency and data quality",
-        ("none",),
-        (
-            *((with_fraction(("ma_cql", "omar", "ma_sfbc", "dom2"), f), PARTICLE, NO_REPLAY) for f in FRACTIONS),
-            (variants(("ma_sfbc", "madiff", "dom2")), PARTICLE, DATASETS),
-        ),
-    ),
-    "fig6": Target("Figure 6: ablations", ("none",), ((ABLATIONS, PARTICLE + MUJOCO, DATASETS),)),
-    "factorial": Target(
-        "Augmentation off and on",
-        ("none",),
-        (
-            (variants(BASELINES), PARTICLE, DATASETS),
-            (variants(BASELINES, augment=True), PARTICLE, DATASETS),
-            (variants(("dom2",), augment=False) + variants(("dom2",)), PARTICLE, DATASETS),
-        ),
-    ),
-    "steps": Target("Denoising steps", ("none",), ((STEP_COUNTS, PARTICLE, ("random", "expert")),)),
-}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -263,27 +145,7 @@ def make_job(cell: Cell, args: Args, further: tuple[str, ...] = ()) -> Job:
     identity = {k: v for k, v in settings.items() if k not in NOT_COMPARED} | {"seeds": args.num_seeds}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     folder = ROOT / args.run_dir / cell.variant.folder / f"{cell.scenario}-{cell.dataset}-{digest}"
-    return Job(cell, command, settings, folder, result_path(cell, args))
-
-
-def result_path(cell: Cell, args: Args) -> Path:
-    return ROOT / args.results_dir / cell.variant.folder / f"{cell.scenario}-{cell.dataset}.json"
-
-
-def read(path: Path) -> dict | None:
-    """A raw result, None where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        results = json.loads(path.read_text())
-        results["returns"], results["settings"]["num_seeds"]
-        return results
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: no readable result; restore it, or delete it to run its cell again") from None
+    return Job(cell, command, settings, folder, result_path(cell, ROOT / args.results_dir))
 
 
 def differences(results: dict, settings: dict) -> dict:
@@ -293,23 +155,8 @@ def differences(results: dict, settings: dict) -> dict:
     return few | {k: made[k] for k, v in settings.items() if k in made and k not in NOT_COMPARED and made[k] != v}
 
 
-def find(cell: Cell, args: Args) -> dict | None:
-    """The raw result of a cell: its own or, where that has the same options, the plain algorithm's."""
-    plain = read(result_path(cell._replace(variant=Variant(cell.variant.algorithm)), args))
-    same = plain is not None and all(plain["settings"].get(k) == v for k, v in cell.variant.options)
-    return read(result_path(cell, args)) or (plain if same else None)
-
-
 def run_folders(job: Job) -> list[Path]:
     return sorted(path.parent for path in job.folder.glob("*/config.json"))  # their names end with the time
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file so that at any moment it is there completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def collect(job: Job) -> bool:
@@ -321,23 +168,32 @@ def collect(job: Job) -> bool:
     return False
 
 
-def state(job: Job, args: Args, active: set[str] = frozenset()) -> str:
-    """done, finished (to be collected), other settings, running, failed, interrupted or missing.
+TO_RUN = ("missing", "interrupted")
 
-    `active` are the ids of the jobs that the cluster has.
+
+def find_states(jobs: list[Job], args: Args) -> list[str]:
+    """How far each job is.
+
+    done, other settings (its result was made with some), finished (not collected yet), running (or queued), failed,
+    interrupted, missing.
     """
-    results = read(job.result)
-    if results is not None and not differences(results, job.settings):
-        return "done"
-    if results is not None and not args.overwrite:
-        return "other settings"
-    if any((run / "results.json").exists() for run in run_folders(job)):
-        return "finished"
-    if note(job, "job") in active or locked(job):
-        return "running"
-    if 0 <= int(note(job, "exit_code") or -1) < 128 and not args.retry:  # else it has not ended, or a signal ended it
-        return "failed"
-    return "interrupted" if run_folders(job) else "missing"
+    active = active_jobs() if args.launcher == "slurm" else set()
+    states = []
+    for job in jobs:
+        results, code = read(job.result), int(note(job, "exit_code") or -1)
+        if results and not differences(results, job.settings):
+            states.append("done")
+        elif results and not args.overwrite:
+            states.append("other settings")
+        elif any((run / "results.json").exists() for run in run_folders(job)):
+            states.append("finished")
+        elif note(job, "job") in active or locked(job):
+            states.append("running")
+        elif 0 <= code < 128 and not args.retry:  # else it has not ended, or a signal ended it
+            states.append("failed")
+        else:
+            states.append("interrupted" if run_folders(job) else "missing")
+    return states
 
 
 def note(job: Job, name: str) -> str:
@@ -486,262 +342,6 @@ def estimate(job: Job, made: list[dict]) -> float | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The report: from raw results to tables and figures
-
-
-def iqm(x: np.ndarray) -> np.ndarray:
-    """Interquartile mean over the last axis: the mean without the lowest and the highest quarter (rounded down)."""
-    cut = x.shape[-1] // 4
-    return np.sort(x, -1)[..., cut : x.shape[-1] - cut].mean(-1)
-
-
-def interval(tasks: list[np.ndarray], samples: int = 2000) -> tuple[float, float]:
-    """95% interval of the interquartile mean over all `tasks` together, by stratified bootstrap: the seeds of each
-    task ([seeds]) are resampled (Agarwal et al. 2021)."""
-    rng = np.random.default_rng(0)
-    drawn = [x[rng.integers(len(x), size=(samples, len(x)))] for x in tasks]
-    low, high = np.percentile(iqm(np.concatenate(drawn, 1)), (2.5, 97.5))
-    return float(low), float(high)
-
-
-class Score(NamedTuple):
-    """A cell in one environment."""
-
-    returns: np.ndarray  # [seeds] each the mean over evaluation episodes
-    normalised: np.ndarray  # [seeds]; NaN where the scenario has no normalisation
-    data: dict  # mean, std and max of the returns in the data that it learned from
-
-
-class Row(NamedTuple):
-    """A row of the paper's tables."""
-
-    shift: str
-    scenario: str
-    dataset: str
-    here: dict[Variant, Score]  # of the cells that have been run
-    paper: dict[Variant, tuple[float, float]]  # mean and std
-
-    @property
-    def best(self) -> Variant | None:
-        return best({v: score.returns.mean() for v, score in self.here.items()})
-
-    @property
-    def best_in_paper(self) -> Variant | None:
-        return best({v: mean for v, (mean, std) in self.paper.items()})
-
-
-def best(means: dict):
-    """The key of the largest value, None unless there are two to compare."""
-    return max(means, key=means.get) if len(means) > 1 else None
-
-
-def read_rows(target: Target, args: Args) -> list[Row]:
-    """The target's rows, from the raw results and the paper's numbers."""
-    rows = {}
-    for shift in target.shifts:
-        for cell in target.cells(args):
-            variant, scenario, dataset = cell
-            row = rows.setdefault((shift, scenario, dataset), Row(shift, scenario, dataset, {}, {}))
-            if not variant.options:
-                published = common.paper_result(scenario, dataset, shift, ALGORITHMS[variant.algorithm].name)
-                if published:
-                    row.paper[variant] = published
-            results = find(cell, args)
-            if results is not None and shift in results["returns"]:
-                x = np.array(results["returns"][shift])
-                known = scenario in common.NORMALISATION
-                row.here[variant] = Score(
-                    x, common.normalised_score(scenario, x) if known else np.nan * x, results["data"]
-                )
-    return list(rows.values())
-
-
-def csv_table(rows: list[Row]) -> str:
-    """One line per cell and environment that has been run."""
-    names = "shift scenario dataset variant seeds mean std normalised iqm iqm_low iqm_high data_mean data_max"
-    text = ",".join([*names.split(), "paper_mean", "paper_std"]) + "\n"
-    for row in rows:
-        for variant, (x, scores, data) in row.here.items():
-            figures = x.mean(), x.std(), scores.mean(), iqm(scores), *interval([scores]), data["mean"], data["max"]
-            line = (
-                row.shift,
-                row.scenario,
-                row.dataset,
-                variant.folder,
-                len(x),
-                *(f"{figure:.2f}" for figure in figures),
-            )
-            text += ",".join(map(str, (*line, *row.paper.get(variant, ("", ""))))) + "\n"
-    return text
-
-
-def show_return(row: Row, variant: Variant) -> str:
-    """Mean ± std over seeds, bold where it is the best; after a slash the paper's."""
-    text = "-"
-    if variant in row.here:
-        x = row.here[variant].returns
-        text = f"{x.mean():.1f} ± {x.std():.1f}"
-    text = f"**{text}**" if variant == row.best else text
-    return text + (" / {} ± {}".format(*row.paper[variant]) if variant in row.paper else "")
-
-
-def show_score(rows: list[Row], variant: Variant) -> str:
-    """Interquartile mean of the normalised scores over seeds and rows, with its interval; only if all have been run."""
-    if not all(variant in row.here for row in rows):
-        return "-"
-    tasks = [row.here[variant].normalised for row in rows]
-    return "{:.1f} [{:.1f}, {:.1f}]".format(iqm(np.concatenate(tasks)), *interval(tasks))
-
-
-def show_data(row: Row) -> str:
-    data = next((score.data for variant, score in row.here.items() if not variant.options), None)
-    return f"{data['mean']:.1f} ({data['max']:.0f})" if data else "-"
-
-
-def show_wins(winners: list[Variant | None]) -> str:
-    winners = [variant.label for variant in winners if variant]
-    counts = [f"{label} {winners.count(label)}" for label in dict.fromkeys(winners)]
-    return (", ".join(counts) or "none") + f" (of {len(winners)})"
-
-
-def markdown_table(lines: list[list[str]]) -> str:
-    """A table of its lines, the first of them the head; one that would be too wide is transposed."""
-    lines = lines if len(lines[0]) < 12 else list(zip(*lines, strict=True))
-    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
-
-
-def markdown(target: Target, rows: list[Row], args: Args) -> str:
-    """For each scenario and environment a table of returns, here and in the paper, and one of normalised scores."""
-    cells = target.cells(args)
-    columns = list(dict.fromkeys(cell.variant for cell in cells))
-    labels = [variant.label for variant in columns]
-    text = (
-        f"# {target.title}\n\nMade by `python reproduce.py report` from the raw results. Returns: mean ± standard "
-        "deviation over seeds / the same in the paper; bold is the best here.\nNormalised scores: interquartile mean "
-        "over seeds [95% bootstrap interval]. A dash is a cell that has not been run.\n\n"
-        f"Cells run: {sum(len(row.here) for row in rows)} of {len(cells) * len(target.shifts)}. "
-        f"Best return, of rows with at least two cells: {show_wins([row.best for row in rows])} here, "
-        f"{show_wins([row.best_in_paper for row in rows])} in the paper.\n"
-    )
-    for shift, scenario in dict.fromkeys((row.shift, row.scenario) for row in rows):
-        group = [row for row in rows if (row.shift, row.scenario) == (shift, scenario)]
-        returns = [["return", *labels, "data mean (max)", "best here", "best in the paper"]]
-        scores = [["normalised score", *labels]]
-        for row in group:
-            winners = [variant.label if variant else "-" for variant in (row.best, row.best_in_paper)]
-            returns.append([row.dataset, *(show_return(row, v) for v in columns), show_data(row), *winners])
-            scores.append([row.dataset, *(show_score([row], v) for v in columns)])
-        scores.append(["all", *(show_score(group, v) for v in columns)])
-        text += f"\n## {scenario}, {'standard' if shift == 'none' else shift}\n\n"
-        text += markdown_table(returns) + "\n" + markdown_table(scores)
-    return text
-
-
-def draw_bars(rows: list[Row], args: Args):
-    """A panel per scenario and environment, a group of bars per data set; black marks are the paper's means."""
-    from matplotlib.figure import Figure
-
-    panels = list(dict.fromkeys((row.shift, row.scenario) for row in rows if row.here))
-    columns = list(dict.fromkeys(v for row in rows for v in (*row.here, *row.paper)))
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (shift, scenario) in zip(axes, panels, strict=True):
-        group = [row for row in rows if (row.shift, row.scenario) == (shift, scenario)]
-        for k, variant in enumerate(columns):
-            for x, row in enumerate(group):
-                place, width = x + (k + 0.5) / len(columns) * 0.8 - 0.4, 0.8 / len(columns)
-                if variant in row.here:
-                    returns = row.here[variant].returns
-                    ax.bar(place, returns.mean(), width, yerr=returns.std(), color=f"C{k % 10}", error_kw={"lw": 0.8})
-                if variant in row.paper:
-                    ax.plot([place - width / 2, place + width / 2], [row.paper[variant][0]] * 2, "k", lw=1.2)
-        ax.set_xticks(range(len(group)), [row.dataset for row in group], rotation=30, ha="right")
-        ax.set_title(f"{scenario}, {'standard' if shift == 'none' else shift}")
-        ax.axhline(0, color="0.6", lw=0.6, zorder=0)
-    axes[0].set_ylabel("episode return")
-    handles = [axes[0].bar(0, 0, color=f"C{k % 10}", label=v.label) for k, v in enumerate(columns)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    return figure
-
-
-def seed_means(rows: list[Row], variant: Variant) -> np.ndarray | None:
-    """Each seed's normalised score, averaged over rows [seeds]; None unless all rows have been run."""
-    if not rows or not all(variant in row.here for row in rows):
-        return None
-    seeds = min(len(row.here[variant].normalised) for row in rows)
-    return np.mean([row.here[variant].normalised[:seeds] for row in rows], 0)
-
-
-def draw_curves(ax, curves: dict[str, list], ticks: list[str]) -> None:
-    """Lines with standard deviations: {label: [an array [seeds], or None, per tick]}."""
-    for label, points in curves.items():
-        known = [(x, point.mean(), point.std()) for x, point in enumerate(points) if point is not None]
-        if known:
-            ax.errorbar(*np.array(known).T, marker="o", capsize=3, label=label)
-    ax.set_xticks(range(len(ticks)), ticks)
-    ax.legend(frameon=False, fontsize=8)
-
-
-def draw_fig5(rows: list[Row], args: Args):
-    """Normalised score against the share of the data, without medium-replay, and against the data's quality."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(PARTICLE) + 1)
-    for ax, scenario in zip(axes, PARTICLE, strict=False):
-        group = [row for row in rows if row.scenario == scenario and row.dataset != "medium-replay"]
-        curves = {
-            ALGORITHMS[a].name: [seed_means(group, with_fraction((a,), f)[0]) for f in FRACTIONS]
-            for a in ("ma_cql", "omar", "ma_sfbc", "dom2")
-        }
-        draw_curves(ax, curves, [f"{f:.0%}" for f in FRACTIONS])
-        ax.set(title=scenario, xlabel="share of the trajectories")
-    datasets = list(dict.fromkeys(row.dataset for row in rows))
-    curves = {
-        v.label: [seed_means([row for row in rows if row.dataset == d], v) for d in datasets]
-        for v in variants(("ma_sfbc", "madiff", "dom2"))
-    }
-    draw_curves(axes[-1], curves, datasets)
-    axes[-1].set(title="average over the scenarios", xlabel="data set")
-    axes[-1].tick_params("x", rotation=30)
-    axes[0].set_ylabel("normalised score")
-    return figure
-
-
-def draw_steps(rows: list[Row], args: Args):
-    """Normalised score and, where it was measured, time per action against the number of denoising steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    ticks = [str(n) for n in STEPS]
-    curves = {f"{row.scenario} {row.dataset}": [seed_means([row], v) for v in STEP_COUNTS] for row in rows}
-    draw_curves(axes[0], curves, ticks)
-    axes[0].set(xlabel="denoising steps N", ylabel="normalised score")
-    path = ROOT / args.results_dir / "action_time.json"
-    if path.exists():
-        measured = json.loads(path.read_text())
-        axes[1].plot(range(len(STEPS)), [measured["milliseconds"][n] for n in ticks], marker="o")
-        axes[1].set_title(measured["hardware"], fontsize=8)
-    axes[1].set_xticks(range(len(STEPS)), ticks)
-    axes[1].set(xlabel="denoising steps N", ylabel="milliseconds per decision of a team", ylim=(0, None))
-    return figure
-
-
-def write_report(name: str, args: Args) -> str:
-    """Write `<results_dir>/report/<name>.{md,csv,png,pdf}` and return the Markdown; no figure without any cell."""
-    rows, folder = read_rows(TARGETS[name], args), ROOT / args.results_dir / "report"
-    text = markdown(TARGETS[name], rows, args)
-    write(folder / f"{name}.md", text)
-    write(folder / f"{name}.csv", csv_table(rows))
-    if any(row.here for row in rows):
-        figure = {"fig5": draw_fig5, "steps": draw_steps}.get(name, draw_bars)(rows, args)
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    return text
-
-
 def measure_action_time(path: Path, repeats: int = 200) -> None:
     """Median milliseconds that DOM2's team takes for one decision, for each number of denoising steps."""
     import torch
@@ -765,20 +365,40 @@ def measure_action_time(path: Path, repeats: int = 200) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def check(args: Args) -> None:
-    """Raise a UserError for an option without a meaning."""
+def choose_cells(args: Args) -> list[Cell]:
+    """The target's cells, without what --scenarios, --datasets and --algorithms leave out.
+
+    Raises:
+        UserError: nothing is left, or an option has no meaning.
+    """
     common.check_choice("target", args.target, (*TARGETS, "report"))
     common.check_choice("--launcher", args.launcher, ("local", "slurm"))
-    blocks = [block for target in TARGETS.values() for block in target.blocks]
-    for scenario in args.scenarios:
-        common.check_choice("--scenarios", scenario, sorted({s for block in blocks for s in block[1]}))
-    for dataset in args.datasets:
-        common.check_choice("--datasets", dataset, DATASETS)
-    for algorithm in args.algorithms:
-        common.check_choice("--algorithms", algorithm, ALGORITHMS)
     for option, least in (("num_seeds", 1), ("jobs", 0), ("gpus", 0), ("cpus", 1)):
         if getattr(args, option) < least:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
+    cells = TARGETS[args.target].cells() if args.target in TARGETS else []
+    for option, value in (
+        ("scenarios", lambda cell: cell.scenario),
+        ("datasets", lambda cell: cell.dataset),
+        ("algorithms", lambda cell: cell.variant.algorithm),
+    ):
+        for choice in getattr(args, option):
+            common.check_choice(f"--{option}", choice, sorted({value(cell) for cell in cells}))
+        cells = [cell for cell in cells if value(cell) in (getattr(args, option) or (value(cell),))]
+    return cells
+
+
+def show_plan(jobs: list[Job], states: list[str], args: Args) -> None:
+    """Print each job's state and command, and how long those to run will take."""
+    made = [read(path) for path in sorted((ROOT / args.results_dir).glob("*/*.json"))]
+    seconds = []
+    for job, now in zip(jobs, states, strict=True):
+        print(f"{now:<16}python {shlex.join(job.command)}")
+        seconds += [estimate(job, made)] if now in TO_RUN else []
+    print(f"{len(seconds)} of {len(jobs)} cells to run", end="")
+    if seconds and None not in seconds:
+        print(f", about {sum(seconds) / 3600:.1f} h one after the other on the hardware of the results so far", end="")
+    print()
 
 
 def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
@@ -787,44 +407,36 @@ def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
     Raises:
         UserError: an option has no meaning, a script or SLURM is missing, or a raw result is damaged.
     """
-    check(args)
+    cells, results_dir = choose_cells(args), ROOT / args.results_dir
     if args.target == "report":
         for name in TARGETS:
-            write_report(name, args)
+            write_report(name, results_dir)
         print(f"wrote {args.results_dir}/report")
         return True
-    jobs = {job.folder: job for job in (make_job(cell, args, further) for cell in TARGETS[args.target].cells(args))}
-    active = active_jobs() if args.launcher == "slurm" else frozenset()
-    states = {folder: state(job, args, active) for folder, job in jobs.items()}
-    waiting = [job for folder, job in jobs.items() if states[folder] in ("missing", "interrupted")]
+    jobs = list({job.folder: job for job in (make_job(cell, args, further) for cell in cells)}.values())
+    states = find_states(jobs, args)
     if args.dry_run:
-        made = [read(path) for path in sorted((ROOT / args.results_dir).glob("*/*.json"))]
-        for folder, job in jobs.items():
-            print(f"{states[folder]:<16}python {shlex.join(job.command)}")
-        seconds = [estimate(job, made) for job in waiting]
-        hours = sum(s for s in seconds if s is not None) / 3600
-        print(f"{len(waiting)} of {len(jobs)} cells to run, about {hours:.1f} h one after the other", end="")
-        print(f" and {seconds.count(None)} of unknown length" if None in seconds else "")
+        show_plan(jobs, states, args)
         return True
-    for folder, job in jobs.items():
-        if states[folder] == "finished":
+    for job, now in zip(jobs, states, strict=True):
+        if now == "finished":
             collect(job)
+    waiting = [job for job, now in zip(jobs, states, strict=True) if now in TO_RUN]
     if waiting:
         (submit if args.launcher == "slurm" else run_local)(waiting, args)
-    if args.target == "steps" and not (ROOT / args.results_dir / "action_time.json").exists():
-        measure_action_time(ROOT / args.results_dir / "action_time.json")
-    print(f"\n{write_report(args.target, args)}")
-    active = active_jobs() if args.launcher == "slurm" else frozenset()
-    states = {folder: state(job, args, active) for folder, job in jobs.items()}
-    for folder, job in jobs.items():
-        if states[folder] == "failed":
-            print(f"failed: {job.cell}, log in {folder / 'log.txt'}; --retry runs it once more")
-        elif states[folder] == "other settings":
-            other = ", ".join(f"{k} {v}" for k, v in differences(read(job.result), job.settings).items())
+    if args.target == "steps" and not (results_dir / ACTION_TIME).exists():
+        measure_action_time(results_dir / ACTION_TIME)
+    print(f"\n{write_report(args.target, results_dir)}")
+    states = find_states(jobs, replace(args, retry=False))
+    for job, now in zip(jobs, states, strict=True):
+        if now == "failed":
+            print(f"failed: {job.cell}, log in {job.folder / 'log.txt'}; --retry runs it once more")
+        elif now == "other settings":
+            other = ", ".join(f"{name} {value}" for name, value in differences(read(job.result), job.settings).items())
             print(f"other settings: {job.result} was made with {other}; --overwrite replaces it")
-    counts = [f"{list(states.values()).count(name)} {name}" for name in dict.fromkeys(states.values())]
-    print(f"cells: {', '.join(counts)}; tables and figures in {args.results_dir}/report")
-    return "failed" not in states.values()
+    print(f"cells: {', '.join(f'{states.count(now)} {now}' for now in dict.fromkeys(states))}")
+    print(f"tables and figures: {args.results_dir}/report")
+    return "failed" not in states
 
 
 def main() -> None:

@@ -1,0 +1,433 @@
+"""What the paper shows, as sets of cells, and the way from their raw results to tables and figures.
+
+`python reproduce.py report` writes for every table and figure of the paper `results/report/<name>.md`, `.csv`, `.png`
+and `.pdf`, from `results/<algorithm>[-<options>]/<scenario>-<dataset>.json` and `results/paper.csv` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import chain, product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+import common
+from common import DATASETS, UserError
+
+# --------------------------------------------------------------------------------------------------------------------
+# A cell is an algorithm with options of its script on a data set; a target is a set of cells.
+
+
+class Algorithm(NamedTuple):
+    name: str  # as the paper writes it
+    script: str
+    options: dict  # that make it this algorithm
+
+
+ALGORITHMS = {
+    "bc": Algorithm("BC", "dom2_{family}.py", {"eta": 0, "updates": 3000}),  # DOM2's diffusion policy
+    "ma_bc": Algorithm("MA-BC", "baselines/ma_bc.py", {}),
+    "ma_td3bc": Algorithm("MA-TD3+BC", "baselines/ma_td3bc.py", {}),
+    "ma_cql": Algorithm("MA-CQL", "baselines/ma_cql.py", {}),
+    "omar": Algorithm("OMAR", "baselines/omar.py", {}),
+    "ma_sfbc": Algorithm("MA-SfBC", "baselines/ma_sfbc.py", {}),
+    "madiff": Algorithm("MADiff", "baselines/madiff.py", {}),
+    "dom2": Algorithm("DOM2", "dom2_{family}.py", {}),
+}
+PARTICLE, MUJOCO = ("simple_tag", "simple_world", "simple_spread"), ("HalfCheetah",)
+FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
+STEPS = (1, 2, 3, 5, 10)
+ACTION_TIME = "action_time.json"  # in results/: milliseconds per decision for each number of denoising steps
+
+
+def command_line(options) -> list[str]:
+    """(field, value) pairs as command-line options: --eta 0, --augment, --no-augment."""
+    words = []
+    for field, value in options:
+        name = field.replace("_", "-")
+        words += [f"--no-{name}"] if value is False else [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+class Variant(NamedTuple):
+    """An algorithm with options of its script, (field, value) pairs."""
+
+    algorithm: str
+    options: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder in results/: omar, dom2-no-augment, dom2-data-fraction-0.05."""
+        return "-".join([self.algorithm, *(word.lstrip("-") for word in command_line(self.options))])
+
+    @property
+    def label(self) -> str:
+        return ALGORITHMS[self.algorithm].name + self.folder.removeprefix(self.algorithm).replace("-", " ")
+
+
+class Cell(NamedTuple):
+    variant: Variant
+    scenario: str
+    dataset: str
+
+    def __str__(self) -> str:
+        return f"{self.variant.folder}/{self.scenario}-{self.dataset}"
+
+
+class Target(NamedTuple):
+    title: str
+    shifts: tuple[str, ...]
+    blocks: tuple  # of (variants, scenarios, datasets): the cells are all their combinations
+
+    def cells(self) -> list[Cell]:
+        combinations = (product(scenarios, datasets, variants) for variants, scenarios, datasets in self.blocks)
+        return list(dict.fromkeys(Cell(v, s, d) for s, d, v in chain(*combinations)))
+
+
+def variants(algorithms: tuple[str, ...], **options) -> tuple[Variant, ...]:
+    return tuple(Variant(algorithm, tuple(options.items())) for algorithm in algorithms)
+
+
+def with_fraction(algorithms: tuple[str, ...], fraction: float) -> tuple[Variant, ...]:
+    return variants(algorithms, data_fraction=fraction) if fraction < 1 else variants(algorithms)
+
+
+TABLE = variants(("bc", "ma_cql", "omar", "ma_sfbc", "dom2"))
+EFFICIENCY = ("ma_cql", "omar", "ma_sfbc", "dom2")
+BASELINES = ("ma_bc", "ma_td3bc", "ma_cql", "omar", "ma_sfbc", "madiff")
+NO_REPLAY = tuple(d for d in DATASETS if d != "medium-replay")
+ABLATIONS = (
+    *variants(("dom2", "bc")),  # bc: without policy improvement
+    *variants(("dom2",), bc_weight=0),
+    *variants(("dom2",), augment=False),
+    *variants(("dom2",), noise_net="residual"),
+    *variants(("dom2",), prediction="noise"),
+    *variants(("dom2",), solver="ddpm"),
+    *variants(("dom2",), zeta=0),
+)
+STEP_COUNTS = tuple(v for n in STEPS for v in variants(("dom2",), diffusion_steps=n))
+TARGETS = {
+    "table1": Target("Table 1: particle environments", ("none",), ((TABLE, PARTICLE, DATASETS),)),
+    "table2": Target("Table 2: shifted particle environments", ("speed",), ((TABLE, PARTICLE, DATASETS),)),
+    "table3": Target("Table 3: HalfCheetah", ("none",), ((TABLE, MUJOCO, DATASETS),)),
+    "table4": Target("Table 4: shifted HalfCheetah", ("random", "extreme"), ((TABLE, MUJOCO, DATASETS),)),
+    "fig2": Target(
+        "Figure 2: three agents, six landmarks",
+        ("none", "dismiss"),
+        ((variants(("ma_cql", "omar", "dom2")), ("landmarks6",), ("expert",)),),
+    ),
+    "fig5": Target(
+        "Figure 5: data efficiency and data quality",
+        ("none",),
+        (
+            *((with_fraction(EFFICIENCY, f), PARTICLE, NO_REPLAY) for f in FRACTIONS),
+            (variants(("ma_sfbc", "madiff", "dom2")), PARTICLE, DATASETS),
+        ),
+    ),
+    "fig6": Target("Figure 6: ablations", ("none",), ((ABLATIONS, PARTICLE + MUJOCO, DATASETS),)),
+    "factorial": Target(
+        "Augmentation off and on",
+        ("none",),
+        (
+            (variants(BASELINES), PARTICLE, DATASETS),
+            (variants(BASELINES, augment=True), PARTICLE, DATASETS),
+            (variants(("dom2",), augment=False) + variants(("dom2",)), PARTICLE, DATASETS),
+        ),
+    ),
+    "steps": Target("Denoising steps", ("none",), ((STEP_COUNTS, PARTICLE, ("random", "expert")),)),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Raw results
+
+
+def result_path(cell: Cell, results_dir: Path) -> Path:
+    return results_dir / cell.variant.folder / f"{cell.scenario}-{cell.dataset}.json"
+
+
+def read(path: Path) -> dict | None:
+    """A raw result, None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        results = json.loads(path.read_text())
+        if {"returns", "data", "settings", "seconds", "updates"} <= results.keys():
+            return results
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"{path}: no readable result; restore it, or delete it to run its cell again")
+
+
+def find(cell: Cell, results_dir: Path) -> dict | None:
+    """The raw result of a cell: its own or, where that was made with the same options, the plain algorithm's."""
+    results = read(result_path(cell, results_dir))
+    if results is None and cell.variant.options:
+        plain = read(result_path(cell._replace(variant=Variant(cell.variant.algorithm)), results_dir))
+        if plain and all(plain["settings"].get(field) == value for field, value in cell.variant.options):
+            return plain
+    return results
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that at any moment it is there completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows: what has been run, beside what the paper reports
+
+
+def iqm(x: np.ndarray) -> np.ndarray:
+    """Interquartile mean over the last axis: the mean without the lowest and the highest quarter (rounded down)."""
+    cut = x.shape[-1] // 4
+    return np.sort(x, -1)[..., cut : x.shape[-1] - cut].mean(-1)
+
+
+def interval(tasks: list[np.ndarray], samples: int = 2000) -> tuple[float, float]:
+    """95% interval of the interquartile mean over all `tasks` together, by stratified bootstrap: the seeds of each
+    task ([seeds]) are resampled (Agarwal et al. 2021)."""
+    rng = np.random.default_rng(0)
+    drawn = [x[rng.integers(len(x), size=(samples, len(x)))] for x in tasks]
+    low, high = np.percentile(iqm(np.concatenate(drawn, 1)), (2.5, 97.5))
+    return float(low), float(high)
+
+
+class Score(NamedTuple):
+    """A cell in one environment."""
+
+    returns: np.ndarray  # [seeds] each the mean over evaluation episodes
+    normalised: np.ndarray  # [seeds] of the normalised scores, NaN where the scenario has none
+    data: dict  # mean, std and max of the returns of the trajectories learned from
+
+
+class Row(NamedTuple):
+    """A row of the paper's tables."""
+
+    shift: str
+    scenario: str
+    dataset: str
+    here: dict[Variant, Score]  # of the cells that have been run
+    paper: dict[Variant, tuple[float, float]]  # mean and std
+
+    def best(self, paper: bool = False) -> Variant | None:
+        """The highest mean return here, or in the paper; None unless there are two to compare."""
+        means = {v: score.returns.mean() for v, score in self.here.items()}
+        means = {v: mean for v, (mean, std) in self.paper.items()} if paper else means
+        return max(means, key=means.get) if len(means) > 1 else None
+
+
+def read_rows(target: Target, results_dir: Path) -> list[Row]:
+    """The target's rows, from the raw results and the paper's numbers."""
+    rows = {}
+    for shift in target.shifts:
+        for cell in target.cells():
+            variant, scenario, dataset = cell
+            row = rows.setdefault((shift, scenario, dataset), Row(shift, scenario, dataset, {}, {}))
+            published = common.paper_result(scenario, dataset, shift, ALGORITHMS[variant.algorithm].name)
+            if published and not variant.options:
+                row.paper[variant] = published
+            results = find(cell, results_dir)
+            if results and shift in results["returns"]:
+                x = np.array(results["returns"][shift])
+                known = scenario in common.NORMALISATION
+                normalised = common.normalised_score(scenario, x) if known else np.full(len(x), np.nan)
+                row.here[variant] = Score(x, normalised, results["data"])
+    return list(rows.values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def csv_table(rows: list[Row]) -> str:
+    """One line per cell and environment that has been run; `iqm` is that of the normalised scores."""
+    names = "shift scenario dataset variant seeds mean std normalised iqm iqm_low iqm_high data_mean data_max"
+    lines = [[*names.split(), "paper_mean", "paper_std"]]
+    for row in rows:
+        for variant, (x, scores, data) in row.here.items():
+            figures = x.mean(), x.std(), scores.mean(), iqm(scores), *interval([scores]), data["mean"], data["max"]
+            lines.append([row.shift, row.scenario, row.dataset, variant.folder, len(x), *(f"{f:.2f}" for f in figures)])
+            lines[-1] += row.paper.get(variant, ("", ""))
+    return "".join(",".join(map(str, line)) + "\n" for line in lines)
+
+
+def show_return(row: Row, variant: Variant) -> str:
+    """Mean ± std over seeds, bold where it is the best; after a slash the paper's."""
+    x = row.here[variant].returns if variant in row.here else None
+    here = "-" if x is None else f"{x.mean():.1f} ± {x.std():.1f}"
+    here = f"**{here}**" if variant == row.best() else here
+    return here + (" / {} ± {}".format(*row.paper[variant]) if variant in row.paper else "")
+
+
+def show_score(rows: list[Row], variant: Variant) -> str:
+    """Interquartile mean of the normalised scores over seeds and rows, with its interval; only if all have been run."""
+    if not all(variant in row.here for row in rows):
+        return "-"
+    tasks = [row.here[variant].normalised for row in rows]
+    return "{:.1f} [{:.1f}, {:.1f}]".format(iqm(np.concatenate(tasks)), *interval(tasks))
+
+
+def show_data(row: Row) -> str:
+    data = next((score.data for variant, score in row.here.items() if not variant.options), None)
+    return f"{data['mean']:.1f} ({data['max']:.0f})" if data else "-"
+
+
+def show_wins(winners: list[Variant | None]) -> str:
+    labels = [variant.label for variant in winners if variant]
+    return ", ".join(f"{label} {labels.count(label)}" for label in dict.fromkeys(labels)) + f" of {len(labels)} rows"
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """A table of its lines, the first of them the head; one that would be too wide is transposed."""
+    lines = lines if len(lines[0]) < 12 else list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
+
+
+def markdown(target: Target, rows: list[Row]) -> str:
+    """For each scenario and environment a table of returns, here and in the paper, and one of normalised scores."""
+    columns = list(dict.fromkeys(cell.variant for cell in target.cells()))
+    labels = [variant.label for variant in columns]
+    text = (
+        f"# {target.title}\n\n"
+        "Returns: mean ± standard deviation over seeds here / the same in the paper; bold is the best here.\n"
+        "Normalised scores: interquartile mean over seeds [95% bootstrap interval]. A dash: not run.\n\n"
+        f"Cells run: {sum(len(row.here) for row in rows)} of {len(target.cells()) * len(target.shifts)}. "
+        f"Best of at least two: {show_wins([row.best() for row in rows])} here; "
+        f"{show_wins([row.best(paper=True) for row in rows])} in the paper.\n"
+    )
+    for shift, scenario in dict.fromkeys((row.shift, row.scenario) for row in rows):
+        group = [row for row in rows if (row.shift, row.scenario) == (shift, scenario)]
+        returns = [["return", *labels, "data mean (max)", "best here", "best in the paper"]]
+        scores = [["normalised score", *labels]]
+        for row in group:
+            winners = [variant.label if variant else "-" for variant in (row.best(), row.best(paper=True))]
+            returns.append([row.dataset, *(show_return(row, v) for v in columns), show_data(row), *winners])
+            scores.append([row.dataset, *(show_score([row], v) for v in columns)])
+        scores.append(["all", *(show_score(group, v) for v in columns)])
+        text += f"\n## {scenario}, {'standard' if shift == 'none' else shift}\n\n{markdown_table(returns)}"
+        if scenario in common.NORMALISATION:
+            text += f"\n{markdown_table(scores)}"
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def draw_bars(target: Target, rows: list[Row], results_dir: Path) -> Figure:
+    """A panel per scenario and environment, a group of bars per data set; black marks are the paper's means."""
+    panels = list(dict.fromkeys((row.shift, row.scenario) for row in rows if row.here))
+    shown = {v for row in rows for v in (*row.here, *row.paper)}
+    columns = [v for v in dict.fromkeys(cell.variant for cell in target.cells()) if v in shown]
+    colours, width = dict(zip(columns, colormaps["tab20"].colors, strict=False)), 0.8 / len(columns)
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (shift, scenario) in zip(axes, panels, strict=True):
+        group = [row for row in rows if (row.shift, row.scenario) == (shift, scenario)]
+        for x, row in enumerate(group):
+            for k, variant in enumerate(columns):
+                left = x - 0.4 + k * width
+                if variant in row.here:
+                    returns = row.here[variant].returns
+                    style = {"align": "edge", "color": colours[variant], "error_kw": {"lw": 0.8}}
+                    ax.bar(left, returns.mean(), width, yerr=returns.std(), **style)
+                if variant in row.paper:
+                    ax.plot([left, left + width], [row.paper[variant][0]] * 2, "k", lw=1.2)
+        ax.set_xticks(range(len(group)), [row.dataset for row in group], rotation=30, ha="right")
+        ax.set_title(f"{scenario}, {'standard' if shift == 'none' else shift}")
+        ax.axhline(0, color="0.6", lw=0.6, zorder=0)
+    axes[0].set_ylabel("episode return")
+    handles = [axes[0].bar(0, 0, color=colours[variant], label=variant.label) for variant in columns]
+    if any(row.paper for row in rows):
+        handles += axes[0].plot([], [], "k", lw=1.2, label="in the paper")
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def mean_scores(rows: list[Row], variant: Variant) -> np.ndarray | None:
+    """Each seed's normalised score averaged over the rows [seeds]; None unless all of them have been run."""
+    if not rows or not all(variant in row.here for row in rows):
+        return None
+    seeds = min(len(row.here[variant].normalised) for row in rows)
+    return np.mean([row.here[variant].normalised[:seeds] for row in rows], 0)
+
+
+def draw_curves(ax, curves: dict[str, list], ticks: list[str], title: str, xlabel: str) -> None:
+    """Means and standard deviations: {label: [an array [seeds], or None, per tick]}."""
+    for k, (label, points) in enumerate(curves.items()):
+        known = [(x, point.mean(), point.std()) for x, point in enumerate(points) if point is not None]
+        if known:
+            ax.errorbar(*np.array(known).T, marker="o", capsize=3, label=label, color=f"C{k}")
+            ax.legend(frameon=False, fontsize=8)
+    ax.set_xticks(range(len(ticks)), ticks)
+    ax.set_xlim(-0.3, len(ticks) - 0.7)
+    ax.set(title=title, xlabel=xlabel)
+
+
+def draw_fig5(target: Target, rows: list[Row], results_dir: Path) -> Figure:
+    """(a)-(c): normalised score against the share of the data; (d): against their quality, all scenarios together.
+
+    A point of (a)-(c) averages over data sets, as in the paper without medium-replay: over those in which all points
+    of the panel have been run.
+    """
+    figure = Figure(figsize=(16, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(PARTICLE) + 1)
+    curves = {ALGORITHMS[a].name: [with_fraction((a,), f)[0] for f in FRACTIONS] for a in EFFICIENCY}
+    for ax, scenario in zip(axes, PARTICLE, strict=False):
+        group = [row for row in rows if row.scenario == scenario and row.dataset in NO_REPLAY]
+        run = {v for row in group for v in row.here if v in chain(*curves.values())}
+        group = [row for row in group if run and run <= row.here.keys()]
+        points = {label: [mean_scores(group, v) for v in line] for label, line in curves.items()}
+        title = f"{scenario}, {len(group)} of {len(NO_REPLAY)} data sets"
+        draw_curves(ax, points, [f"{f:.0%}" for f in FRACTIONS], title, "share of the trajectories")
+    points = {
+        v.label: [mean_scores([row for row in rows if row.dataset == d], v) for d in DATASETS]
+        for v in variants(("ma_sfbc", "madiff", "dom2"))
+    }
+    draw_curves(axes[-1], points, DATASETS, "mean of the scenarios", "data set")
+    axes[-1].set_xticks(range(len(DATASETS)), DATASETS, rotation=30, ha="right")
+    axes[0].set_ylabel("normalised score")
+    return figure
+
+
+def draw_steps(target: Target, rows: list[Row], results_dir: Path) -> Figure:
+    """Normalised score and, where it has been measured, time per decision against the number of denoising steps."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    ticks, path = [str(n) for n in STEPS], results_dir / ACTION_TIME
+    points = {f"{row.scenario} {row.dataset}": [mean_scores([row], v) for v in STEP_COUNTS] for row in rows}
+    draw_curves(axes[0], points, ticks, "", "denoising steps N")
+    axes[0].set_ylabel("normalised score")
+    measured = json.loads(path.read_text()) if path.exists() else {"milliseconds": {}, "hardware": "not measured"}
+    times = [np.array([measured["milliseconds"][n]]) for n in ticks if n in measured["milliseconds"]]
+    draw_curves(axes[1], {"three agents": times}, ticks, measured["hardware"], "denoising steps N")
+    axes[1].set(ylabel="milliseconds per decision", ylim=(0, None))
+    return figure
+
+
+def write_report(name: str, results_dir: Path) -> str:
+    """Write `<results_dir>/report/<name>.{md,csv,png,pdf}` and return the Markdown; no figure without any cell."""
+    rows, path = read_rows(TARGETS[name], results_dir), results_dir / "report" / name
+    text = markdown(TARGETS[name], rows)
+    write(path.with_suffix(".md"), text)
+    write(path.with_suffix(".csv"), csv_table(rows))
+    if any(row.here for row in rows):
+        figure = {"fig5": draw_fig5, "steps": draw_steps}.get(name, draw_bars)(TARGETS[name], rows, results_dir)
+        figure.savefig(path.with_suffix(".png"), dpi=100)
+        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    return text
