@@ -42,7 +42,6 @@ ALGORITHMS = {
 PARTICLE, MUJOCO = ("simple_tag", "simple_world", "simple_spread"), ("HalfCheetah",)
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 STEPS = (1, 2, 3, 5, 10)
-ACTION_TIME = "action_time.json"  # in results/: milliseconds per decision for each number of denoising steps
 
 
 def command_line(options) -> list[str]:
@@ -109,6 +108,8 @@ ABLATIONS = (
     *variants(("dom2",), prediction="noise"),
     *variants(("dom2",), solver="ddpm"),
     *variants(("dom2",), zeta=0),
+    *variants(("dom2",), q_normaliser="printed"),
+    *variants(("dom2",), solver="ddpm", prediction="noise", zeta=0),  # Diffusion-QL for many agents
 )
 STEP_COUNTS = tuple(v for n in STEPS for v in variants(("dom2",), diffusion_steps=n))
 TARGETS = {
@@ -211,6 +212,7 @@ class Score(NamedTuple):
     returns: np.ndarray  # [seeds] each the mean over evaluation episodes
     normalised: np.ndarray  # [seeds] of the normalised scores, NaN where the scenario has none
     data: dict  # mean, std and max of the returns of the trajectories learned from
+    milliseconds: float | None  # in which all agents of all seeds decide once
 
 
 class Row(NamedTuple):
@@ -244,7 +246,7 @@ def read_rows(target: Target, results_dir: Path) -> list[Row]:
                 x = np.array(results["returns"][shift])
                 known = scenario in common.NORMALISATION
                 normalised = common.normalised_score(scenario, x) if known else np.full(len(x), np.nan)
-                row.here[variant] = Score(x, normalised, results["data"])
+                row.here[variant] = Score(x, normalised, results["data"], results.get("milliseconds_per_action"))
     return list(rows.values())
 
 
@@ -257,7 +259,7 @@ def csv_table(rows: list[Row]) -> str:
     names = "shift scenario dataset variant seeds mean std normalised iqm iqm_low iqm_high data_mean data_max"
     lines = [[*names.split(), "paper_mean", "paper_std"]]
     for row in rows:
-        for variant, (x, scores, data) in row.here.items():
+        for variant, (x, scores, data, _) in row.here.items():
             figures = x.mean(), x.std(), scores.mean(), iqm(scores), *interval([scores]), data["mean"], data["max"]
             lines.append([row.shift, row.scenario, row.dataset, variant.folder, len(x), *(f"{f:.2f}" for f in figures)])
             lines[-1] += row.paper.get(variant, ("", ""))
@@ -329,7 +331,7 @@ def markdown(target: Target, rows: list[Row]) -> str:
 # Figures
 
 
-def draw_bars(target: Target, rows: list[Row], results_dir: Path) -> Figure:
+def draw_bars(target: Target, rows: list[Row]) -> Figure:
     """A panel per scenario and environment, a group of bars per data set; black marks are the paper's means."""
     panels = list(dict.fromkeys((row.shift, row.scenario) for row in rows if row.here))
     shown = {v for row in rows for v in (*row.here, *row.paper)}
@@ -339,15 +341,17 @@ def draw_bars(target: Target, rows: list[Row], results_dir: Path) -> Figure:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (shift, scenario) in zip(axes, panels, strict=True):
         group = [row for row in rows if (row.shift, row.scenario) == (shift, scenario)]
-        for x, row in enumerate(group):
-            for k, variant in enumerate(columns):
-                left = x - 0.4 + k * width
-                if variant in row.here:
-                    returns = row.here[variant].returns
-                    style = {"align": "edge", "color": colours[variant], "error_kw": {"lw": 0.8}}
-                    ax.bar(left, returns.mean(), width, yerr=returns.std(), **style)
-                if variant in row.paper:
-                    ax.plot([left, left + width], [row.paper[variant][0]] * 2, "k", lw=1.2)
+        for k, variant in enumerate(columns):
+            left = np.arange(len(group)) - 0.4 + k * width
+            bars = [(x, row.here[variant].returns) for x, row in zip(left, group, strict=True) if variant in row.here]
+            marks = [(x, row.paper[variant][0]) for x, row in zip(left, group, strict=True) if variant in row.paper]
+            if bars:
+                x, returns = zip(*bars, strict=True)
+                style = {"align": "edge", "color": colours[variant], "error_kw": {"lw": 0.8}}
+                ax.bar(x, [r.mean() for r in returns], width, yerr=[r.std() for r in returns], **style)
+            if marks:
+                x, means = np.array(marks).T
+                ax.hlines(means, x, x + width, color="k", lw=1.2)
         ax.set_xticks(range(len(group)), [row.dataset for row in group], rotation=30, ha="right")
         ax.set_title(f"{scenario}, {'standard' if shift == 'none' else shift}")
         ax.axhline(0, color="0.6", lw=0.6, zorder=0)
@@ -379,7 +383,7 @@ def draw_curves(ax, curves: dict[str, list], ticks: list[str], title: str, xlabe
     ax.set(title=title, xlabel=xlabel)
 
 
-def draw_fig5(target: Target, rows: list[Row], results_dir: Path) -> Figure:
+def draw_fig5(target: Target, rows: list[Row]) -> Figure:
     """(a)-(c): normalised score against the share of the data; (d): against their quality, all scenarios together.
 
     A point of (a)-(c) averages over data sets, as in the paper without medium-replay: over those in which all points
@@ -405,18 +409,18 @@ def draw_fig5(target: Target, rows: list[Row], results_dir: Path) -> Figure:
     return figure
 
 
-def draw_steps(target: Target, rows: list[Row], results_dir: Path) -> Figure:
-    """Normalised score and, where it has been measured, time per decision against the number of denoising steps."""
+def draw_steps(target: Target, rows: list[Row]) -> Figure:
+    """Normalised score and time per decision, as far as it was measured, against the number of denoising steps."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    ticks, path = [str(n) for n in STEPS], results_dir / ACTION_TIME
+    scores, times = figure.subplots(1, 2)
     points = {f"{row.scenario} {row.dataset}": [mean_scores([row], v) for v in STEP_COUNTS] for row in rows}
-    draw_curves(axes[0], points, ticks, "", "denoising steps N")
-    axes[0].set_ylabel("normalised score")
-    measured = json.loads(path.read_text()) if path.exists() else {"milliseconds": {}, "hardware": "not measured"}
-    times = [np.array([measured["milliseconds"][n]]) for n in ticks if n in measured["milliseconds"]]
-    draw_curves(axes[1], {"three agents": times}, ticks, measured["hardware"], "denoising steps N")
-    axes[1].set(ylabel="milliseconds per decision", ylim=(0, None))
+    draw_curves(scores, points, STEPS, "", "denoising steps N")
+    measured = [[row.here[v].milliseconds for row in rows if v in row.here] for v in STEP_COUNTS]
+    measured = [[time for time in column if time] for column in measured]
+    points = {"all agents of all seeds": [np.array(column) if column else None for column in measured]}
+    draw_curves(times, points, STEPS, "", "denoising steps N")
+    scores.set_ylabel("normalised score")
+    times.set(ylabel="milliseconds per decision", ylim=(0, None))
     return figure
 
 
@@ -427,7 +431,7 @@ def write_report(name: str, results_dir: Path) -> str:
     write(path.with_suffix(".md"), text)
     write(path.with_suffix(".csv"), csv_table(rows))
     if any(row.here for row in rows):
-        figure = {"fig5": draw_fig5, "steps": draw_steps}.get(name, draw_bars)(TARGETS[name], rows, results_dir)
+        figure = {"fig5": draw_fig5, "steps": draw_steps}.get(name, draw_bars)(TARGETS[name], rows)
         figure.savefig(path.with_suffix(".png"), dpi=100)
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return text

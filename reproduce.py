@@ -35,10 +35,8 @@ from tqdm import tqdm
 import common
 from common import ROOT, UserError
 from report import (
-    ACTION_TIME,
     ALGORITHMS,
     MUJOCO,
-    STEPS,
     TARGETS,
     Cell,
     Variant,
@@ -92,11 +90,11 @@ class Args:
 # Cells: the command, the settings that its result must have, and how far it is
 
 
-# Options that change where and how a cell runs, not what comes out (and num_seeds, of which more will do).
-NOT_COMPARED = {
-    *("num_seeds", "run_dir", "resume", "eval_only", "eval_interval", "capture_video", "track", "cuda", "compile"),
-    "shift",
-}
+# Options that change where and how a cell runs, not what comes out; and num_seeds, of which more will do.
+NOT_COMPARED = (
+    *("num_seeds", "shift", "eval_interval", "cuda", "compile"),
+    *("run_dir", "resume", "eval_only", "capture_video", "track"),
+)
 
 
 class Job(NamedTuple):
@@ -342,26 +340,6 @@ def estimate(job: Job, made: list[dict]) -> float | None:
     return None
 
 
-def measure_action_time(path: Path, repeats: int = 200) -> None:
-    """Median milliseconds that DOM2's team takes for one decision, for each number of denoising steps."""
-    import torch
-
-    import dom2_mpe
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    obs, generator = torch.randn(3, 1, 16, device=device), torch.Generator(device)  # three predators, one world
-    teams = [dom2_mpe.resolve(dom2_mpe.Args(diffusion_steps=n)) for n in STEPS]
-    teams = [(dom2_mpe.make_learners(args, 3, 16, 2, device), args) for args in teams]
-    times = {str(n): [] for n in STEPS}
-    for _ in range(repeats):  # in turns, because machines are noisy
-        for (learners, args), record in zip(teams, times.values(), strict=True):
-            start = time.perf_counter()
-            dom2_mpe.act(learners, obs, args, generator).cpu()  # the copy waits for a GPU
-            record.append(1000 * (time.perf_counter() - start))
-    medians = {n: round(statistics.median(record), 4) for n, record in times.items()}
-    write(path, json.dumps({"hardware": dom2_mpe.hardware(device), "milliseconds": medians}, indent=2) + "\n")
-
-
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -424,8 +402,6 @@ def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
     waiting = [job for job, now in zip(jobs, states, strict=True) if now in TO_RUN]
     if waiting:
         (submit if args.launcher == "slurm" else run_local)(waiting, args)
-    if args.target == "steps" and not (results_dir / ACTION_TIME).exists():
-        measure_action_time(results_dir / ACTION_TIME)
     print(f"\n{write_report(args.target, results_dir)}")
     states = find_states(jobs, replace(args, retry=False))
     for job, now in zip(jobs, states, strict=True):
