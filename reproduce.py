@@ -81,7 +81,7 @@ class Args:
     time_limit: str | None = None
     """slurm: time limit per cell, as sbatch takes it; a cell that it ends is continued by the next invocation"""
     results_dir: str = "results"
-    """folder of the raw results, the report and the paper's numbers"""
+    """folder of the raw results and the report"""
     run_dir: str = "runs/reproduce"
     """folder of the cells' run folders and logs"""
 
@@ -92,7 +92,7 @@ class Args:
 
 # Options that change where and how a cell runs, not what comes out; and num_seeds, of which more will do.
 NOT_COMPARED = (
-    *("num_seeds", "shift", "eval_interval", "cuda", "compile"),
+    *("num_seeds", "eval_interval", "cuda", "compile"),
     *("run_dir", "resume", "eval_only", "capture_video", "track"),
 )
 
@@ -231,11 +231,17 @@ def start_command(job: Job) -> list[str]:
     (job.folder / "exit_code").unlink(missing_ok=True)
     stopped = [run for run in run_folders(job) if (run / "checkpoint.pt").exists()]
     if stopped:
-        return [sys.executable, job.command[0], "--resume", str(stopped[-1])]
-    return [sys.executable, *job.command, "--run-dir", str(job.folder)]
+        return [sys.executable, job.command[0], "--resume", from_root(stopped[-1])]
+    return [sys.executable, *job.command, "--run-dir", from_root(job.folder)]
+
+
+def from_root(path: Path) -> str:
+    """The path as seen from the repository, where cells run, so that results name no folder of this machine."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def find_gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -347,14 +353,16 @@ def choose_cells(args: Args) -> list[Cell]:
     """The target's cells, without what --scenarios, --datasets and --algorithms leave out.
 
     Raises:
-        UserError: nothing is left, or an option has no meaning.
+        UserError: an option has no meaning.
     """
     common.check_choice("target", args.target, (*TARGETS, "report"))
     common.check_choice("--launcher", args.launcher, ("local", "slurm"))
     for option, least in (("num_seeds", 1), ("jobs", 0), ("gpus", 0), ("cpus", 1)):
         if getattr(args, option) < least:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
-    cells = TARGETS[args.target].cells() if args.target in TARGETS else []
+    if args.target == "report":
+        return []
+    cells = TARGETS[args.target].cells()
     for option, value in (
         ("scenarios", lambda cell: cell.scenario),
         ("datasets", lambda cell: cell.dataset),

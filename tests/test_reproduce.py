@@ -206,6 +206,14 @@ def test_a_variant_with_the_plain_settings_is_the_plain_cell(tiny):
     assert make(augment=False).result.parent.name == "dom2-no-augment"
 
 
+def test_commands_name_no_folder_of_this_machine():
+    job = reproduce.make_job(Cell(Variant("dom2"), "simple_tag", "random"), Args("table1", run_dir="runs/test"))
+    line = (
+        f"dom2_mpe.py --scenario simple_tag --dataset random --num-seeds 3 --run-dir runs/test/dom2/{job.folder.name}"
+    )
+    assert reproduce.start_command(job)[1:] == line.split()
+
+
 def available(cell):
     family = "mamujoco" if cell.scenario in report.MUJOCO else "mpe"
     return (ROOT / report.ALGORITHMS[cell.variant.algorithm].script.format(family=family)).exists()
