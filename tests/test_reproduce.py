@@ -35,7 +35,7 @@ def tiny(tmp_path, data_dir):
     """Args of a grid with one tiny cell, DOM2 on simple_spread/random, in tmp_path; and further options of its runs."""
     places = dict(results_dir=str(tmp_path / "results"), run_dir=str(tmp_path / "runs"))
     choice = dict(scenarios=("simple_spread",), datasets=("random",), algorithms=("dom2",))
-    return Args("table1", num_seeds=2, updates=2, jobs=1, **choice, **places), ("--data-dir", str(data_dir), *TINY)
+    return Args("table1", num_seeds=2, updates=2, **choice, **places), ("--data-dir", str(data_dir), *TINY)
 
 
 @pytest.fixture
@@ -127,12 +127,12 @@ def test_a_grid_runs_and_is_not_run_again(with_a_failing_cell, tmp_path, capsys,
 
 
 def test_a_stopped_grid_goes_on_from_its_checkpoints(tiny, tmp_path):
-    args, further = replace(tiny[0], updates=200), tiny[1]
+    args, further = replace(tiny[0], updates=500), tiny[1]
     job = the_job(args, further)
     log, pipes = job.folder / "log.txt", dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert the_state(args, further) == "missing"
     grid = subprocess.Popen(words(args, further), cwd=tmp_path, **pipes)
-    wait_until(lambda: (log.exists() and re.search(r"[1-9]\d*/200 ", log.read_text())) or grid.poll() is not None)
+    wait_until(lambda: (log.exists() and re.search(r"[1-9]\d*/500 ", log.read_text())) or grid.poll() is not None)
     assert the_state(args, further) == "running"
     grid.terminate()
     out, _ = grid.communicate(timeout=120)
@@ -143,7 +143,7 @@ def test_a_stopped_grid_goes_on_from_its_checkpoints(tiny, tmp_path):
     assert reproduce.reproduce(args, further)
     (run,) = job.folder.glob("dom2-*")
     results = json.loads(job.result.read_text())
-    assert results["updates"] == 200 and results["command"] == f"python dom2_mpe.py --resume {run}"
+    assert results["updates"] == 500 and results["command"] == f"python dom2_mpe.py --resume {run}"
     assert the_state(args, further) == "done"
 
 
@@ -166,6 +166,20 @@ def test_states_by_exit_code(code, state, tiny):
     if code is not None:
         report.write(job.folder / "exit_code", f"{code}\n")
     assert the_state(*tiny) == state
+
+
+def test_cells_share_the_gpus(tiny, monkeypatch):
+    program = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS']); time.sleep(1)"
+    monkeypatch.setattr(reproduce, "find_gpus", lambda: ["3", "5"])
+    monkeypatch.setattr(reproduce, "start_command", lambda job: [sys.executable, "-c", program])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    args = replace(tiny[0], datasets=("random", "medium", "expert", "random-medium"))
+    jobs = [reproduce.make_job(cell, args, tiny[1]) for cell in reproduce.choose_cells(args)]
+    reproduce.run_local(jobs[:3], args)
+    said = [(job.folder / "log.txt").read_text().strip() for job in jobs[:3]]
+    assert said[:2] == ["3 4", "5 4"] and said[2] in ("3 4", "5 4")
+    reproduce.run_local(jobs, replace(args, jobs=4))
+    assert [(job.folder / "log.txt").read_text().split("\n")[-2] for job in jobs] == ["3 2", "5 2", "3 2", "5 2"]
 
 
 def test_a_finished_run_is_collected(tiny, no_starts):
@@ -303,7 +317,7 @@ def cluster(monkeypatch):
 
 def test_slurm(cluster, with_a_failing_cell, tmp_path, capsys):
     args, further = with_a_failing_cell
-    args = replace(args, launcher="slurm", partition="tiny", time_limit="10", jobs=0)
+    args = replace(args, launcher="slurm", partition="tiny", time_limit="10")
     assert reproduce.reproduce(args, further)
     out = capsys.readouterr().out
     assert "submitted job 1, 2 cells" in out and "cells: 2 running" in out
