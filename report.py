@@ -111,6 +111,8 @@ ABLATIONS = (
     *variants(("dom2",), q_normaliser="printed"),
     *variants(("dom2",), solver="ddpm", prediction="noise", zeta=0),  # Diffusion-QL for many agents
 )
+OFF_AND_ON = tuple(v for a in BASELINES for v in (*variants((a,)), *variants((a,), augment=True)))
+OFF_AND_ON += (*variants(("dom2",), augment=False), *variants(("dom2",)))
 STEP_COUNTS = tuple(v for n in STEPS for v in variants(("dom2",), diffusion_steps=n))
 TARGETS = {
     "table1": Target("Table 1: particle environments", ("none",), ((TABLE, PARTICLE, DATASETS),)),
@@ -120,7 +122,7 @@ TARGETS = {
     "fig2": Target(
         "Figure 2: three agents, six landmarks",
         ("none", "dismiss"),
-        ((variants(("ma_cql", "omar", "dom2")), ("landmarks6",), ("expert",)),),
+        ((variants(("ma_cql", "omar", "dom2")), ("landmarks6",), ("medium", "expert")),),
     ),
     "fig5": Target(
         "Figure 5: data efficiency and data quality",
@@ -131,15 +133,7 @@ TARGETS = {
         ),
     ),
     "fig6": Target("Figure 6: ablations", ("none",), ((ABLATIONS, PARTICLE + MUJOCO, DATASETS),)),
-    "factorial": Target(
-        "Augmentation off and on",
-        ("none",),
-        (
-            (variants(BASELINES), PARTICLE, DATASETS),
-            (variants(BASELINES, augment=True), PARTICLE, DATASETS),
-            (variants(("dom2",), augment=False) + variants(("dom2",)), PARTICLE, DATASETS),
-        ),
-    ),
+    "factorial": Target("Augmentation off and on", ("none",), ((OFF_AND_ON, PARTICLE, DATASETS),)),
     "steps": Target("Denoising steps", ("none",), ((STEP_COUNTS, PARTICLE, ("random", "expert")),)),
 }
 
@@ -211,8 +205,7 @@ class Score(NamedTuple):
 
     returns: np.ndarray  # [seeds] each the mean over evaluation episodes
     normalised: np.ndarray  # [seeds] of the normalised scores, NaN where the scenario has none
-    data: dict  # mean, std and max of the returns of the trajectories learned from
-    milliseconds: float | None  # in which all agents of all seeds decide once
+    raw: dict  # the whole raw result
 
 
 class Row(NamedTuple):
@@ -246,7 +239,7 @@ def read_rows(target: Target, results_dir: Path) -> list[Row]:
                 x = np.array(results["returns"][shift])
                 known = scenario in common.NORMALISATION
                 normalised = common.normalised_score(scenario, x) if known else np.full(len(x), np.nan)
-                row.here[variant] = Score(x, normalised, results["data"], results.get("milliseconds_per_action"))
+                row.here[variant] = Score(x, normalised, results)
     return list(rows.values())
 
 
@@ -259,7 +252,8 @@ def csv_table(rows: list[Row]) -> str:
     names = "shift scenario dataset variant seeds mean std normalised iqm iqm_low iqm_high data_mean data_max"
     lines = [[*names.split(), "paper_mean", "paper_std"]]
     for row in rows:
-        for variant, (x, scores, data, _) in row.here.items():
+        for variant, (x, scores, raw) in row.here.items():
+            data = raw["data"]
             figures = x.mean(), x.std(), scores.mean(), iqm(scores), *interval([scores]), data["mean"], data["max"]
             lines.append([row.shift, row.scenario, row.dataset, variant.folder, len(x), *(f"{f:.2f}" for f in figures)])
             lines[-1] += row.paper.get(variant, ("", ""))
@@ -282,8 +276,16 @@ def show_score(rows: list[Row], variant: Variant) -> str:
     return "{:.1f} [{:.1f}, {:.1f}]".format(iqm(np.concatenate(tasks)), *interval(tasks))
 
 
+def show_assignments(row: Row, variant: Variant) -> str:
+    """Different assignments of agents to landmarks in 100 episodes from one same start, and their entropy."""
+    if variant not in row.here:
+        return "-"
+    found = row.here[variant].raw["assignments"][row.shift]
+    return f"{np.mean(found['distinct']):.1f} ({np.mean(found['entropy']):.2f} bits)"
+
+
 def show_data(row: Row) -> str:
-    data = next((score.data for variant, score in row.here.items() if not variant.options), None)
+    data = next((score.raw["data"] for variant, score in row.here.items() if not variant.options), None)
     return f"{data['mean']:.1f} ({data['max']:.0f})" if data else "-"
 
 
@@ -324,6 +326,11 @@ def markdown(target: Target, rows: list[Row]) -> str:
         text += f"\n## {scenario}, {'standard' if shift == 'none' else shift}\n\n{markdown_table(returns)}"
         if scenario in common.NORMALISATION:
             text += f"\n{markdown_table(scores)}"
+        if scenario == "landmarks6":
+            found = [["assignments", *labels]] + [
+                [r.dataset, *(show_assignments(r, v) for v in columns)] for r in group
+            ]
+            text += f"\n{markdown_table(found)}"
     return text
 
 
@@ -360,6 +367,28 @@ def draw_bars(target: Target, rows: list[Row]) -> Figure:
     if any(row.paper for row in rows):
         handles += axes[0].plot([], [], "k", lw=1.2, label="in the paper")
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def draw_fig2(target: Target, rows: list[Row]) -> Figure:
+    """The three agents' paths in ten episodes from one same start, and the returns; a line per environment and data."""
+    columns = list(dict.fromkeys(cell.variant for cell in target.cells()))
+    figure = Figure(figsize=(3 * len(columns) + 3, 3 * len(rows)), layout="constrained")
+    for row, axes in zip(rows, figure.subplots(len(rows), len(columns) + 1, squeeze=False), strict=True):
+        for variant, ax in zip(columns, axes, strict=False):
+            ax.set(title=f"{variant.label}: {show_assignments(row, variant)}", xticks=[], yticks=[], aspect="equal")
+            if variant in row.here:
+                found = row.here[variant].raw["assignments"][row.shift]
+                for path in np.array(found["paths"]):  # [26, agents, 2]
+                    for agent, points in enumerate(path.swapaxes(0, 1)):
+                        ax.plot(*points.T, color=f"C{agent}", lw=0.8, alpha=0.6)
+                ax.plot(*np.array(found["landmarks"]).T, "k*")
+        axes[0].set_ylabel(f"{row.dataset}, {'standard' if row.shift == 'none' else row.shift}")
+        run = [(variant.label, row.here[variant].returns) for variant in columns if variant in row.here]
+        if run:
+            labels, returns = zip(*run, strict=True)
+            axes[-1].bar(labels, [r.mean() for r in returns], yerr=[r.std() for r in returns], color="0.6")
+        axes[-1].set_title("episode return")
     return figure
 
 
@@ -415,8 +444,8 @@ def draw_steps(target: Target, rows: list[Row]) -> Figure:
     scores, times = figure.subplots(1, 2)
     points = {f"{row.scenario} {row.dataset}": [mean_scores([row], v) for v in STEP_COUNTS] for row in rows}
     draw_curves(scores, points, STEPS, "", "denoising steps N")
-    measured = [[row.here[v].milliseconds for row in rows if v in row.here] for v in STEP_COUNTS]
-    measured = [[time for time in column if time] for column in measured]
+    raw = [[row.here[v].raw for row in rows if v in row.here] for v in STEP_COUNTS]
+    measured = [[r["milliseconds_per_action"] for r in column if "milliseconds_per_action" in r] for column in raw]
     points = {"all agents of all seeds": [np.array(column) if column else None for column in measured]}
     draw_curves(times, points, STEPS, "", "denoising steps N")
     scores.set_ylabel("normalised score")
@@ -431,7 +460,7 @@ def write_report(name: str, results_dir: Path) -> str:
     write(path.with_suffix(".md"), text)
     write(path.with_suffix(".csv"), csv_table(rows))
     if any(row.here for row in rows):
-        figure = {"fig5": draw_fig5, "steps": draw_steps}.get(name, draw_bars)(TARGETS[name], rows)
+        figure = {"fig2": draw_fig2, "fig5": draw_fig5, "steps": draw_steps}.get(name, draw_bars)(TARGETS[name], rows)
         figure.savefig(path.with_suffix(".png"), dpi=100)
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return text

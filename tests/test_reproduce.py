@@ -473,9 +473,12 @@ def test_a_variant_is_shown_with_the_plain_result_only_if_that_has_its_options(t
 
 def test_a_report_of_everything(tmp_path):
     rng = np.random.default_rng(0)
+    ways = {"distinct": [2.0, 3.0, 5.0], "entropy": [1.0, 1.0, 1.75]}
+    ways |= {"landmarks": rng.normal(size=(6, 2)).tolist(), "paths": rng.normal(size=(10, 26, 3, 2)).tolist()}
     for cell in {cell: None for target in TARGETS.values() for cell in target.cells()}:
-        shifts = ("none", "speed", "random", "extreme", "dismiss")
-        save(tmp_path, cell, {s: rng.normal(9, 2, 3).tolist() for s in shifts}, milliseconds_per_action=2.5)
+        returns = {s: rng.normal(9, 2, 3).tolist() for s in ("none", "speed", "random", "extreme", "dismiss")}
+        further = {"assignments": {"none": ways, "dismiss": ways}} if cell.scenario == "landmarks6" else {}
+        save(tmp_path, cell, returns, milliseconds_per_action=2.5, **further)
     assert reproduce.reproduce(Args("report", results_dir=str(tmp_path)))
     for name, target in TARGETS.items():
         files = [tmp_path / "report" / f"{name}.{kind}" for kind in ("md", "csv", "png", "pdf")]
@@ -483,6 +486,7 @@ def test_a_report_of_everything(tmp_path):
         assert f"Cells run: {total} of {total}." in files[0].read_text()
         assert len(files[1].read_text().splitlines()) == total + 1
         assert files[2].read_bytes()[:4] == b"\x89PNG" and files[3].read_bytes()[:5] == b"%PDF-"
+    assert "| 3.3 (1.25 bits)" in (tmp_path / "report/fig2.md").read_text()
     again = tmp_path / "again"
     shutil.copytree(tmp_path, again, ignore=shutil.ignore_patterns("report", "again"))
     report.write_report("table1", again)
