@@ -1,0 +1,190 @@
+"""MA-CQL: conservative Q-learning (Kumar et al. 2020) with deterministic policies, for every agent by itself.
+
+This is the variant that OMAR (Pan et al. 2022) builds on and compares with, TD3's twin critics without its delay and
+its target noise:
+
+    proposals      actions whose Q is pushed down, and their log-density
+    critic_loss    TD error + cql_alpha (log sum_a~ exp(Q(o, a~) - log p(a~)) - Q(o, a))        (CQL's Eq. 4)
+    policy_loss    -Q1(o, pi(o)) + 0.001 pi(o)^2
+
+    python baselines/ma_cql.py --scenario simple_spread --dataset expert
+    python baselines/ma_cql.py --help
+
+Settings are those published with OMAR. Two differences from that code: its networks begin with batch normalisation of
+observation and action by each call's own batch, so that one and the same action means different things among the data
+and among the samples; here observations alone are standardised, by their moments over all minibatches. And it
+subtracts the density of the noisy policy actions where CQL subtracts the log-density, as is done here.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
+
+import common
+import dom2_mpe
+from baselines import ma_bc, ma_td3bc
+from baselines.ma_bc import family, resolve_by
+from baselines.ma_td3bc import standardised, step
+from dom2_mpe import soft_update
+
+
+@dataclass
+class Args(dom2_mpe.RunArgs):
+    """Options of MA-CQL."""
+
+    augment: bool = False
+    """replicate high-return trajectories (DOM2's Algorithm 1), or learn from the data set as it is"""
+    batch_size: int | None = None
+    """transitions per learner and update"""
+    raw_rewards: bool = True
+    """keep the rewards as they are, those for which cql_alpha was published"""
+    lr: float | None = None
+    """Adam's learning rate, of policies and critics"""
+    widths: tuple[int, ...] | None = None
+    """widths of the hidden layers, of policies and critics"""
+    gamma: float | None = None
+    """discount factor; the 25-step limit is not a terminal state"""
+    rho: float | None = None
+    """target networks move by this share of the difference each update"""
+    cql_alpha: float | None = None
+    """weight of the conservative term"""
+    cql_actions: int = 10
+    """uniform actions per transition in the conservative term"""
+    cql_policy_actions: int | None = None
+    """noisy actions of the policy at o, and as many at o', in the conservative term"""
+    cql_noise: float = 0.2
+    """standard deviation of their noise"""
+    action_penalty: float = 1e-3
+    """weight of the squared action in the policy's loss"""
+    max_grad_norm: float = 0.5
+    """largest gradient norm per learner and network; 0: no clipping"""
+
+
+SETTINGS = {
+    "particle": {
+        **{"batch_size": 1024, "lr": 0.01, "widths": (64, 64), "gamma": 0.95, "rho": 0.01},
+        "cql_policy_actions": 0,
+    },
+    "HalfCheetah": {
+        **{"batch_size": 256, "lr": 3e-4, "widths": (256, 256), "gamma": 0.99, "rho": 0.005},
+        "cql_policy_actions": 10,
+    },
+}
+# In the order of common.DATASETS. As published with OMAR, but for random-medium and medium-expert, which it has not:
+# they take the settings of medium-replay and of expert.
+BY_DATA = {
+    "simple_spread": {
+        "updates": (6_000, 2_000, 2_000, 2_000, 2_000, 2_000),
+        "cql_alpha": (0.5, 1.0, 1.0, 5.0, 5.0, 5.0),
+    },
+    "simple_tag": {"updates": (2_000, 1_000, 1_000, 2_000, 2_000, 2_000), "cql_alpha": (0.5, 0.5, 0.5, 5.0, 5.0, 5.0)},
+    "simple_world": {"updates": (1_000,) * 6, "cql_alpha": (0.5, 1.0, 1.0, 0.5, 5.0, 5.0)},
+    "HalfCheetah": {"updates": (100_000,) * 6, "cql_alpha": (1.0, 5.0, 5.0, 1.0, 5.0, 5.0)},
+}
+RULES = (
+    (("lr", "cql_noise"), "in (0, 1]", lambda x: 0 < x <= 1),
+    (("cql_actions",), "at least 1", lambda x: x >= 1),
+    (("cql_policy_actions",), "at least 0", lambda x: x >= 0),
+    (("cql_alpha", "action_penalty"), "finite and not negative", lambda x: 0 <= x < math.inf),
+)
+
+
+def resolve(args: Args) -> Args:
+    """Fill the options left open from SETTINGS and BY_DATA and check all of them; raises UserError."""
+    return resolve_by(args, SETTINGS, BY_DATA, RULES)
+
+
+def algorithm_name(args: Args) -> str:
+    return "ma_cql"
+
+
+class Batch(NamedTuple):
+    """A minibatch per learner, and every random number that its update needs."""
+
+    obs: Tensor  # [L, B, d]
+    action: Tensor  # [L, B, A]
+    reward: Tensor  # [L, B]
+    next_obs: Tensor  # [L, B, d]
+    done: Tensor  # [L, B], 1 after a terminal state
+    random_actions: Tensor  # [L, B, K, A], uniform in [-1, 1]
+    policy_noise: Tensor  # [2, L, B, K, A], standard normal
+
+
+def proposals(policy, batch: Batch, noise: float):
+    """Uniform actions and noisy actions of the policy at o and at o': [L, B, M, A] and log-densities [L, B, M]."""
+    with torch.no_grad():
+        centres = torch.stack([policy(batch.obs), policy(batch.next_obs)])[:, :, :, None]  # [2, L, B, 1, A]
+    eps = batch.policy_noise
+    gaussian = -0.5 * eps.square() - math.log(noise * math.sqrt(2 * math.pi))
+    uniform = torch.full_like(batch.random_actions, math.log(0.5))
+    actions = torch.cat([batch.random_actions, *(centres + noise * eps).clamp(-1, 1)], 2)
+    return actions, torch.cat([uniform, *gaussian], 2).sum(-1)
+
+
+def critic_loss(critic, target_critic, policy, target_policy, batch: Batch, args):
+    """TD error plus cql_alpha times the conservative term, summed over the twins: [L], and a dict of metrics [L]."""
+    with torch.no_grad():
+        next_action = target_policy(batch.next_obs)
+        next_q = target_critic(batch.next_obs, next_action[:, :, None]).amin(1)[..., 0]
+        target = (batch.reward + args.gamma * (1 - batch.done) * next_q)[:, None]  # [L, 1, B]
+    sampled, log_density = proposals(policy, batch, args.cql_noise)
+    q = critic(batch.obs, torch.cat([batch.action[:, :, None], sampled], 2))  # [L, 2, B, 1 + M]
+    td = (target - q[..., 0]).square().mean(-1).sum(1)
+    conservative = ((q[..., 1:] - log_density[:, None]).logsumexp(-1) - q[..., 0]).mean(-1).sum(1)
+    metrics = {"losses/td": td, "losses/conservative": conservative, "charts/q_data": q[..., 0].mean((1, 2))}
+    return td + args.cql_alpha * conservative, {name: value.detach() for name, value in metrics.items()}
+
+
+def policy_loss(policy, critic, batch: Batch, args):
+    """-E[Q1(o, pi(o))] + action_penalty E[pi(o)^2]: [L], and a dict of metrics [L]."""
+    action = policy(batch.obs)
+    q = critic(batch.obs, action[:, :, None])[:, 0, :, 0].mean(1)
+    return args.action_penalty * action.square().mean((1, 2)) - q, {"charts/q_policy": q.detach()}
+
+
+# the networks, their optimisers and how they act are MA-TD3+BC's
+make_learners, make_optimizers, act = ma_td3bc.make_learners, ma_td3bc.make_optimizers, ma_bc.act
+
+
+def sample_batch(data, args: Args, num_learners: int) -> Batch:
+    """Minibatches for all learners, and the random numbers of their update."""
+    transitions = dom2_mpe.sample_transitions(data, num_learners, args.batch_size)
+    (L, B, A), device = transitions[1].shape, data.rows.device
+    return Batch(
+        *transitions,
+        random_actions=torch.rand(L, B, args.cql_actions, A, device=device) * 2 - 1,
+        policy_noise=torch.randn(2, L, B, args.cql_policy_actions, A, device=device),
+    )
+
+
+def update(learners, optimizers: dict, batch: Batch, args: Args, policy_loss=policy_loss) -> dict[str, Tensor]:
+    """One step of all critics, policies and targets. Returns metrics, each [L]."""
+    policy, critic = learners["policy"], learners["critic"]
+    batch = standardised(learners["norm"], batch)
+    loss, metrics = critic_loss(critic, learners["target_critic"], policy, learners["target_policy"], batch, args)
+    step(learners, optimizers, "critic", loss, args.max_grad_norm)
+    loss, policy_metrics = policy_loss(policy, critic, batch, args)
+    step(learners, optimizers, "policy", loss, args.max_grad_norm)
+    for name in ("policy", "critic"):
+        soft_update(learners[f"target_{name}"], learners[name], args.rho)
+    return {**metrics, **policy_metrics, "losses/policy": loss.detach()}
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    family(args).train(args, sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    common.run(main)
