@@ -1,28 +1,29 @@
 """MA-SfBC: SfBC (Chen et al. 2023) for every agent by itself: a diffusion policy clones the data, Q chooses.
 
-    behaviour     the noise network of Figure 8 predicts the noise at any time in (1e-5, 1): dom2_mpe.diffusion_loss
-    value         V(o) = sum_k softmax_k(alpha Q(o, a_k)) Q(o, a_k), K behaviour actions a_k         (Eq. 13)
-    planning      R_t = r_t + gamma max(R_{t+1}, V(o_{t+1})), backwards along a trajectory             (Eq. 12)
-    critic_loss   (Q(o_t, a_t) - R_t)^2                                                                (Eq. 14)
-    act           of 32 behaviour actions one is drawn with probability softmax(alpha Q)               (Eq. 9)
+    behaviour      Figure 8's noise network predicts the noise at any time in (1e-5, 1): dom2_mpe.diffusion_loss
+    value          V(o) = sum_k softmax_k(alpha Q(o, a_k)) Q(o, a_k), a_k actions of the behaviour
+    planning       R_t = r_t + gamma max(R_{t+1}, V(o_{t+1})), backwards along a trajectory of the data
+    critic_loss    (Q(o_t, a_t) - R_t)^2: in-sample planning
+    act            of 32 behaviour actions one is drawn with probability softmax(eval_alpha Q)
 
     python baselines/ma_sfbc.py --scenario simple_spread --dataset medium
     python baselines/ma_sfbc.py --help
 
 What differs from the original:
-- It trains the behaviour to the end, then samples 16 actions for every state of the data once, and recomputes all R
-  with the present Q a few times. That suits a GPU and small data; here one program trains both: each minibatch is some
-  whole trajectories (windows of `window` steps), R is computed for them anew in every update with a slowly moving copy of Q,
-  and the actions are fresh samples of the behaviour so far.
+- It trains the behaviour to the end, samples 16 actions once for every state of the data, and recomputes all R with the
+  present Q every 100 epochs. Here both are trained together: a minibatch is some windows of consecutive steps (whole
+  episodes of the particle environments), and their R is computed anew in every update, from a slowly moving copy
+  of Q and fresh actions of the behaviour so far.
 - The end of an episode is a time limit: R continues with V there, where the original stops with 0.
-- It standardises the returns after every recomputation; here rewards are standardised and scaled, such that returns
-  have a spread of about 1 and `alpha` its meaning.
-- First-order DPM-Solver with `diffusion_steps` steps for third order with 15; smaller networks and batches by default.
-  `--widths 512 256 128 --diffusion-steps 15 --plan-candidates 16` undoes most of it.
+- It standardises returns at every recomputation, so that alpha has a scale; here rewards are standardised and scaled.
+- First-order DPM-Solver with 5 steps for third order with 15, networks of 128-64-32 for 512-256-128, batches of 256 for
+  4,096, fewer updates at a behaviour learning rate of 5e-4 for 1e-4, 8 candidates in planning for 16. `--widths 512 256
+  128 --diffusion-steps 15 --plan-candidates 16 --batch-size 4096 --actor-lr 1e-4` and time undo most of it.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,72 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 import common
-from baselines.ma_bc import MLP
+import dom2_mpe
+from baselines.ma_bc import MLP, adam, family, resolve_by
 from dom2_mpe import DiffusionPolicy, NoiseSchedule, ResidualNoiseNet, diffusion_loss, soft_update
+
+
+@dataclass
+class Args(dom2_mpe.RunArgs):
+    """Options of MA-SfBC."""
+
+    augment: bool = False
+    """replicate high-return trajectories (DOM2's Algorithm 1), or learn from the data set as it is"""
+    reward_scale: float = 0.2
+    """factor on the standardised rewards; gives returns a spread of about 1, to which alpha refers"""
+    eval_interval: int = 3000
+    """updates between evaluations in the standard environment"""
+    actor_lr: float = 5e-4
+    """Adam's learning rate of the behaviour policies"""
+    critic_lr: float = 1e-3
+    """Adam's learning rate of the critics"""
+    widths: tuple[int, ...] = (128, 64, 32)
+    """widths of the noise network's downward half"""
+    critic_widths: tuple[int, ...] = (256, 256)
+    """widths of the critics' hidden layers"""
+    gamma: float | None = None
+    """discount factor; the 25-step limit is not a terminal state"""
+    rho: float = 0.01
+    """the critic that plans moves by this share of the difference each update"""
+    window: int = 25
+    """consecutive steps to plan over; a minibatch is batch_size // window of these windows"""
+    alpha: float = 20.0
+    """how strongly V prefers candidates of high Q"""
+    plan_candidates: int = 8
+    """behaviour actions per observation in planning"""
+    eval_alpha: float = 100.0
+    """how strongly the acting policy prefers candidates of high Q"""
+    eval_candidates: int = 32
+    """behaviour actions per decision of the acting policy"""
+    diffusion_steps: int = 5
+    """denoising steps"""
+    beta_min: float = 0.1
+    """noise schedule: beta at diffusion time 0"""
+    beta_max: float = 20.0
+    """noise schedule: beta at diffusion time 1"""
+    bf16: bool = True
+    """the noise network's hidden layers compute in bfloat16"""
+
+
+SETTINGS = {"particle": {"updates": 6_000, "gamma": 0.95}, "HalfCheetah": {"updates": 50_000, "gamma": 0.99}}
+RULES = (
+    (("window", "plan_candidates"), "at least 1", lambda x: x >= 1),
+    (("alpha", "eval_alpha"), "finite and not negative", lambda x: 0 <= x < math.inf),
+)
+
+
+def resolve(args: Args) -> Args:
+    """Fill the options left open from SETTINGS and check all of them; raises UserError."""
+    args = resolve_by(args, SETTINGS, {}, RULES)
+    if args.beta_min >= args.beta_max:
+        raise common.UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")
+    if args.batch_size < args.window:
+        raise common.UserError(f"--batch-size {args.batch_size}: must hold at least one --window of {args.window}")
+    return args
+
+
+def algorithm_name(args: Args) -> str:
+    return "ma_sfbc"
 
 
 class Critic(MLP):
@@ -52,12 +117,13 @@ class Critic(MLP):
 
 
 class Batch(NamedTuple):
-    """Windows of trajectories, M windows of H steps in a row: B = M H. And all random numbers of an update."""
+    """Windows of H consecutive steps, one after the other: B is their number times H. And all random numbers."""
 
     obs: Tensor  # [L, B, d]
     action: Tensor  # [L, B, A]
     reward: Tensor  # [L, B]
     next_obs: Tensor  # [L, B, d]
+    done: Tensor  # [L, B], 1 after a terminal state
     real: Tensor  # [L, B], 0 for what a window has beyond the end of its trajectory
     tau: Tensor  # [L, B], diffusion times
     eps: Tensor  # [L, B, A], noise of the diffusion loss
@@ -71,12 +137,12 @@ def candidates(policy, obs: Tensor, noise: Tensor) -> Tensor:
 
 
 def value(q: Tensor, alpha: float) -> Tensor:
-    """Eq. 13, the softmax-weighted mean of Q over the candidates: [..., K] -> [...]."""
+    """The softmax-weighted mean of Q over the candidates: [..., K] -> [...]."""
     return ((alpha * q).softmax(-1) * q).sum(-1)
 
 
 def planning(reward: Tensor, next_value: Tensor, real: Tensor, gamma: float) -> Tensor:
-    """Eq. 12 backwards along windows, all [..., H]; where a window or a trajectory ends, R_{t+1} is V(o_{t+1})."""
+    """R_t = r_t + gamma max(R_{t+1}, V(o_{t+1})) along windows; where one ends, V alone. All are [..., H]."""
     planned, later = [], torch.full_like(reward[..., 0], -torch.inf)
     for t in reversed(range(reward.shape[-1])):
         now = reward[..., t] + gamma * torch.maximum(later, next_value[..., t])
@@ -86,12 +152,12 @@ def planning(reward: Tensor, next_value: Tensor, real: Tensor, gamma: float) -> 
 
 
 def critic_loss(critic, target_critic, policy, batch: Batch, window: int, gamma: float, alpha: float):
-    """Eq. 14: squared error to the planned returns, [L], and a dict of metrics [L]."""
+    """Squared error to the planned returns, [L], and a dict of metrics [L]."""
     with torch.no_grad():
         actions = candidates(policy, batch.next_obs, batch.plan_noise)
-        next_value = value(target_critic(batch.next_obs, actions), alpha)  # [L, B]
-        parts = [x.unflatten(1, (-1, window)) for x in (batch.reward, next_value, batch.real)]
-        target = planning(*parts, gamma).flatten(1)
+        next_value = (1 - batch.done) * value(target_critic(batch.next_obs, actions), alpha)  # [L, B]
+        windows = [x.unflatten(1, (-1, window)) for x in (batch.reward, next_value, batch.real)]
+        target = planning(*windows, gamma).flatten(1)
     q = critic(batch.obs, batch.action[:, :, None])[..., 0]
     loss = (batch.real * (q - target).square()).sum(1) / batch.real.sum(1)
     return loss, {"losses/td": loss.detach(), "charts/q_data": q.detach().mean(1), "charts/value": next_value.mean(1)}
@@ -102,3 +168,80 @@ def choose(q: Tensor, actions: Tensor, alpha: float, generator=None) -> Tensor:
     probability = (alpha * q).softmax(-1).flatten(0, -2)
     index = torch.multinomial(probability, 1, generator=generator).view(*q.shape[:-1], 1, 1)
     return actions.take_along_dim(index, -2).squeeze(-2)
+
+
+def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
+    sizes = num_learners, obs_size, action_size
+    net = ResidualNoiseNet(*sizes, args.widths, torch.bfloat16 if args.bf16 else None)
+    schedule = NoiseSchedule(args.beta_min, args.beta_max)
+    learners = {"policy": DiffusionPolicy(net, schedule, args.diffusion_steps, "noise")}
+    learners |= {name: Critic(*sizes, args.critic_widths) for name in ("critic", "target_critic")}
+    learners["target_critic"].load_state_dict(learners["critic"].state_dict())
+    learners["target_critic"].requires_grad_(False)
+    return nn.ModuleDict(learners).to(device)
+
+
+def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
+    return adam(learners, policy=args.actor_lr, critic=args.critic_lr)
+
+
+def sample_batch(data, args: Args, num_learners: int) -> Batch:
+    """Windows for all learners, and the random numbers of their update."""
+    n, T, W = data.rows.shape
+    L, M, H, d, device = num_learners, args.batch_size // args.window, args.window, data.obs_size, data.rows.device
+    episode = data.episodes[torch.randint(len(data.episodes), (L, M, 1), device=device)]
+    length = data.lengths[episode]
+    offset = (torch.rand(L, M, 1, device=device) * (length - H + 1).clamp(min=1)).long()
+    step = offset + torch.arange(H, device=device)  # [L, M, H]
+    agent = torch.arange(L, device=device)[:, None, None] % n
+    row = agent * T + data.starts[episode] + torch.minimum(step, length - 1)
+    rows = data.rows.view(n * T, W).index_select(0, row.flatten()).view(L, M * H, W)
+    obs, action, reward, next_obs, done = rows.split([d, W - 2 * d - 2, 1, d, 1], -1)
+    B, A = M * H, action.shape[-1]
+    return Batch(
+        obs=obs,
+        action=action,
+        reward=reward[..., 0],
+        next_obs=next_obs,
+        done=done[..., 0],
+        real=(step < length).flatten(1).to(obs.dtype),
+        tau=1e-5 + (1 - 1e-5) * torch.rand(L, B, device=device),
+        eps=torch.randn(L, B, A, device=device),
+        plan_noise=torch.randn(L, B, args.plan_candidates, A, device=device),
+    )
+
+
+def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One step of all behaviour policies and critics. Returns metrics, each [L]."""
+    policy, critic, target_critic = (learners[name] for name in ("policy", "critic", "target_critic"))
+    loss, metrics = critic_loss(critic, target_critic, policy, batch, args.window, args.gamma, args.alpha)
+    optimizers["critic"].zero_grad()
+    loss.sum().backward()
+    optimizers["critic"].step()
+    soft_update(target_critic, critic, args.rho)
+
+    loss = diffusion_loss(policy, batch)
+    optimizers["policy"].zero_grad()
+    loss.sum().backward()
+    optimizers["policy"].step()
+    return metrics | {"losses/diffusion": loss.detach()}
+
+
+@torch.no_grad()
+def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
+    """Candidates of the behaviour, one of them chosen by Q: obs [L, E, d] -> [L, E, A]."""
+    A = learners["policy"].net.out.bias.shape[-1]
+    noise = torch.randn(*obs.shape[:2], args.eval_candidates, A, generator=generator, device=obs.device)
+    actions = candidates(learners["policy"], obs, noise)
+    return choose(learners["critic"](obs, actions), actions, args.eval_alpha, generator)
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    family(args).train(args, sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    common.run(main)

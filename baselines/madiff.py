@@ -1,29 +1,29 @@
 """MADiff-D (Zhu et al. 2024): diffusion over the joint trajectory of all agents, executed decentrally.
 
-    Denoiser           temporal convolutions per agent, attention across agents             (Sec. 4.1, Figure 1)
-    trajectory_loss    denoise windows of observations, given one agent's first             (Eq. 8)
-    inverse_loss       the action between two observations                                  (Eq. 8, second term)
-    plan               generate, guided towards high return, the rest given what is known   (Eq. 6)
-    act                every agent plans for all, knowing its own observation alone, and does what leads to the
-                       second observation of its own part of its own plan                   (Sec. 4.2, Algorithm 1)
+    Denoiser           temporal convolutions for every agent, attention across the agents
+    trajectory_loss    denoise windows of all agents' observations, given the first one of one agent
+    inverse_loss       the action that leads from one observation to the next: inverse dynamics
+    plan               generate joint trajectories, guided to high return without a classifier, around what is known
+    act                every agent plans for all from its own observation alone, and takes the first step of its plan
 
     python baselines/madiff.py --scenario simple_spread --dataset expert
     python baselines/madiff.py --help
 
-Training is centralised: the learners of one seed's n agents see each other through the attention, every other part is
-each agent's own. Differences from the original, most of them to train in minutes on a CPU:
-- windows of 8 observations for 24, no history (`--horizon 24`);
-- three blocks of convolution and attention at one resolution, 64 wide, for a U-Net of 128, 512 and 1,024;
-- the network predicts the clean trajectory and not the noise, and is told which observation is known: few steps then
-  suffice, 5 of first-order DPM-Solver for 200 of DDPM;
-- return: the mean reward of the window as its rank in the minibatch, in [0, 1]. The original divides the return to the
-  end of the episode by a scale set by hand per data set. The target, 0.9, and guidance, 1.2, are the original's;
-- observations are standardised by mean and standard deviation, not by their empirical distribution;
-- no moving average of the parameters.
+Training is centralised: through the attention the n agents of a seed learn together, everything else is each agent's
+own. What differs from the original, most of it to train in minutes on a CPU:
+- Windows of 8 observations for 24 (`--horizon 24`); 3 blocks of convolution and attention, 64 wide, at one resolution
+  for a U-Net of 128, 512 and 1,024; tens of thousands of updates for a million.
+- The network predicts the clean trajectory for the noise and is told which observation is known; 5 steps of first-order
+  DPM-Solver for 200 of DDPM.
+- Return is the mean reward of the window, as its rank in the minibatch, in [0, 1]. The original takes the discounted
+  return to the end of the episode over a scale set by hand per data set; the target, 0.9, is the original's.
+- Observations are standardised by mean and standard deviation for the empirical distribution of each entry.
+- No moving average of the parameters.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,71 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 import common
-from baselines.ma_bc import ObservationNorm, Policy
-from dom2_mpe import NoiseSchedule, StackedLinear, TimeFeatures, dpm_solver, time_grid
+import dom2_mpe
+from baselines.ma_bc import ObservationNorm, Policy, adam, family, resolve_by
+from dom2_mpe import NoiseSchedule, StackedLinear, TimeFeatures, dpm_solver
+from particle_env import SCENARIOS
+
+
+@dataclass
+class Args(dom2_mpe.RunArgs):
+    """Options of MADiff-D."""
+
+    augment: bool = False
+    """replicate high-return trajectories (DOM2's Algorithm 1), or learn from the data set as it is"""
+    batch_size: int = 32
+    """windows per seed and update"""
+    eval_interval: int = 10_000
+    """updates between evaluations in the standard environment"""
+    lr: float = 1e-3
+    """Adam's learning rate"""
+    horizon: int = 8
+    """observations in a window and in a plan"""
+    width: int = 64
+    """width of the denoiser"""
+    num_blocks: int = 3
+    """blocks of convolution and attention"""
+    inverse_widths: tuple[int, ...] = (256, 256)
+    """widths of the inverse dynamics' hidden layers"""
+    return_dropout: float = 0.25
+    """share of the windows that are learned without their return"""
+    target_return: float = 0.9
+    """return that the acting policy asks for, as a rank among the data's"""
+    guidance: float = 1.2
+    """weight of the return in plans; 0: none, 1: no more than learned"""
+    diffusion_steps: int = 5
+    """denoising steps"""
+    beta_min: float = 0.1
+    """noise schedule: beta at diffusion time 0"""
+    beta_max: float = 20.0
+    """noise schedule: beta at diffusion time 1"""
+    bf16: bool = True
+    """the denoiser's blocks compute in bfloat16"""
+
+
+SETTINGS = {"particle": {"updates": 20_000}, "HalfCheetah": {"updates": 100_000}}
+RULES = (
+    (("horizon",), "at least 2", lambda x: x >= 2),
+    (("width",), "at least 4", lambda x: x >= 4),
+    (("num_blocks",), "at least 1", lambda x: x >= 1),
+    (("inverse_widths",), "at least one width, each at least 1", lambda x: x and min(x) >= 1),
+    (("lr",), "in (0, 1]", lambda x: 0 < x <= 1),
+    (("return_dropout", "target_return"), "in [0, 1]", lambda x: 0 <= x <= 1),
+    (("guidance",), "finite and not negative", lambda x: 0 <= x < math.inf),
+    (("batch_size",), "at least 2", lambda x: x >= 2),  # returns are ranked among them
+)
+
+
+def resolve(args: Args) -> Args:
+    """Fill the options left open from SETTINGS and check all of them; raises UserError."""
+    args = resolve_by(args, SETTINGS, {}, RULES)
+    if args.beta_min >= args.beta_max:
+        raise common.UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")
+    return args
+
+
+def algorithm_name(args: Args) -> str:
+    return "madiff"
 
 
 class Block(nn.Module):
@@ -51,8 +114,8 @@ class Block(nn.Module):
         self.convolution = StackedLinear(L, kernel * C, C)
         self.condition = StackedLinear(L, C, C)
         self.out = StackedLinear(L, C, C)
-        self.query_key_value = StackedLinear(L, C, 3 * C)
-        self.attended = StackedLinear(L, C, C)
+        self.query_key_value = StackedLinear(L, C, 3 * (C // 4))
+        self.attended = StackedLinear(L, C // 4, C)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         L, B, H, C = x.shape
@@ -61,18 +124,19 @@ class Block(nn.Module):
         h = self.convolution(neighbours.reshape(L, B * H, -1)).view(L, B, H, C)
         h = F.silu(h + self.condition(condition)[:, :, None]).flatten(1, 2)
         x = x.flatten(1, 2) + self.out(h)  # [L, B H, C]
-        q, k, v = self.query_key_value(x).unflatten(0, (-1, self.num_agents)).transpose(1, 2).chunk(3, -1)
-        attended = F.scaled_dot_product_attention(q, k, v)  # [S, B H, n, C]
-        return (x + self.attended(attended.transpose(1, 2).flatten(0, 1))).view(L, B, H, C)
+        q, k, v = self.query_key_value(x).unflatten(0, (-1, self.num_agents)).chunk(3, -1)  # [S, n, B H, C / 4]
+        weight = ((q[:, :, None] * k[:, None]).sum(-1) / q.shape[-1] ** 0.5).softmax(2)  # [S, n, n, B H]
+        attended = (weight[..., None] * v[:, None]).sum(2).flatten(0, 1)
+        return (x + self.attended(attended)).view(L, B, H, C)
 
 
 class Denoiser(nn.Module):
     """Clean joint trajectories from noisy ones. L learners: n agents of S seeds, seed-major."""
 
-    def __init__(self, num_learners: int, num_agents: int, obs_size: int, width: int, num_blocks: int):
+    def __init__(self, num_learners: int, num_agents: int, obs_size: int, width: int, num_blocks: int, precision=None):
         super().__init__()
         L = num_learners
-        self.num_agents = num_agents
+        self.num_agents, self.precision = num_agents, precision
         self.time = TimeFeatures(L)
         self.time_in = StackedLinear(L, 32, width)
         self.return_in = StackedLinear(L, 2, width)
@@ -81,14 +145,20 @@ class Denoiser(nn.Module):
         self.x_out = StackedLinear(L, width, obs_size)
 
     def forward(self, x: Tensor, known: Tensor, rank: Tensor, guided: Tensor, t) -> Tensor:
-        """x [L, B, H, d], known [L, B, H, 1], rank and guided [L, B] (0: the return does not count), t [L, B] or float."""
+        """Predict x_0 from x at diffusion time t, both [L, B, H, d].
+
+        Args:
+            known: 1 where x is clean, [L, B, H, 1].
+            rank: of the return, [L, B]; without meaning where `guided`, [L, B], is 0.
+            t: [L, B] or a float.
+        """
         L, B, H, _ = x.shape
         returns = self.return_in(torch.stack([rank * guided, guided], -1))
-        condition = F.silu(self.time_in(self.time(t)) + returns)  # [L, B, C]
-        h = self.x_in(torch.cat([x, known], -1).flatten(1, 2)).view(L, B, H, -1)
+        condition = F.silu(self.time_in(self.time(t)) + returns).to(dtype=self.precision)  # [L, B, C]
+        h = self.x_in(torch.cat([x, known], -1).flatten(1, 2)).view(L, B, H, -1).to(dtype=self.precision)
         for block in self.blocks:
             h = block(h, condition)
-        return self.x_out(F.silu(h).flatten(1, 2)).view(x.shape)
+        return self.x_out(F.silu(h).flatten(1, 2).to(x.dtype)).view(x.shape)
 
 
 class Batch(NamedTuple):
@@ -128,9 +198,9 @@ def inverse_loss(inverse, batch: Batch) -> Tensor:
 
 
 def plan(denoiser, schedule, first: Tensor, ego: Tensor, noise: Tensor, target: float, guidance: float, num_steps: int):
-    """Joint trajectories [L, B, H, d] that begin, for the ego agents, with `first`.
+    """Joint trajectories [L, B, H, d] in which the ego agents' begin with `first`.
 
-    Eq. 6, classifier-free guidance, on the clean trajectory: x_0 = x_0(no return) + guidance (x_0(target) - x_0(no return)).
+    Classifier-free guidance, on the clean trajectory: x_0 = x_0(no return) + guidance (x_0(target) - x_0(no return)).
 
     Args:
         first: observations, [L, B, d], read where `ego` [L, B] is 1.
@@ -148,3 +218,87 @@ def plan(denoiser, schedule, first: Tensor, ego: Tensor, noise: Tensor, target: 
         return (x - schedule.alpha(t) * x0) / schedule.sigma(t)
 
     return torch.lerp(dpm_solver(noise_fn, noise, schedule, num_steps), given, known)
+
+
+def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
+    num_agents = SCENARIOS[args.scenario].num_controlled if args.scenario in SCENARIOS else 2
+    precision = torch.bfloat16 if args.bf16 else None
+    learners = {
+        "norm": ObservationNorm(num_learners, obs_size),
+        "denoiser": Denoiser(num_learners, num_agents, obs_size, args.width, args.num_blocks, precision),
+        "inverse": Policy(num_learners, 2 * obs_size, action_size, args.inverse_widths),
+    }
+    return nn.ModuleDict(learners).to(device)
+
+
+def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
+    return adam(learners, denoiser=args.lr, inverse=args.lr)
+
+
+def sample_batch(data, args: Args, num_learners: int) -> Batch:
+    """Windows for all seeds, and the random numbers of their update."""
+    (n, _, W), device = data.rows.shape, data.rows.device
+    S, B, H, d = num_learners // n, args.batch_size, args.horizon, data.obs_size
+    episode = data.episodes[torch.randint(len(data.episodes), (S, B, 1), device=device)]
+    length = data.lengths[episode]
+    step = (torch.rand(S, B, 1, device=device) * length).long() + torch.arange(H, device=device)
+    real = (step < length)[:, None].to(data.rows.dtype)  # [S, 1, B, H]
+    row = (data.starts[episode] + torch.minimum(step, length - 1)).flatten()
+    rows = data.rows[:, row].view(n, S, B, H, W).transpose(0, 1)  # [S, n, B, H, W]
+    obs, action, reward, next_obs, _ = rows.split([d, W - 2 * d - 2, 1, d, 1], -1)
+    mean_reward = (real * reward[..., 0]).sum(-1) / real.sum(-1)  # [S, n, B]
+    ego = F.one_hot(torch.randint(n, (S, B), device=device), n).transpose(1, 2)
+    guided = (torch.rand(S, 1, B, device=device) >= args.return_dropout).expand(S, n, B)
+    return Batch(
+        obs=torch.where(real[..., None] > 0, obs, next_obs).flatten(0, 1),
+        action=action[:, :, :, 0].flatten(0, 1),
+        next_obs=next_obs[:, :, :, 0].flatten(0, 1),
+        rank=(mean_reward.argsort(-1).argsort(-1) / (B - 1)).flatten(0, 1),
+        guided=guided.flatten(0, 1).to(rows.dtype),
+        ego=ego.flatten(0, 1).to(rows.dtype),
+        tau=1e-3 + (1 - 1e-3) * torch.rand(S, 1, B, device=device).expand(S, n, B).flatten(0, 1),
+        eps=torch.randn(S * n, B, H, d, device=device),
+    )
+
+
+def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One step of all denoisers and inverse dynamics. Returns metrics, each [L]."""
+    norm = learners["norm"]
+    norm.track(batch.obs.flatten(1, 2))
+    obs = norm(batch.obs.flatten(1, 2)).view(batch.obs.shape)
+    batch = batch._replace(obs=obs, next_obs=norm(batch.next_obs))
+    losses = {
+        "denoiser": trajectory_loss(learners["denoiser"], NoiseSchedule(args.beta_min, args.beta_max), batch),
+        "inverse": inverse_loss(learners["inverse"], batch),
+    }
+    for name, loss in losses.items():
+        optimizers[name].zero_grad()
+        loss.sum().backward()
+        optimizers[name].step()
+    return {"losses/diffusion": losses["denoiser"].detach(), "losses/inverse": losses["inverse"].detach()}
+
+
+@torch.no_grad()
+def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
+    """obs [L, E, d] -> [L, E, A]: n joint plans for every state of a team, each from one agent's observation alone."""
+    (L, E, d), denoiser = obs.shape, learners["denoiser"]
+    n = denoiser.num_agents
+    own = torch.eye(n, device=obs.device).repeat(L // n, 1)  # [L, n], which of the n plans is the learner's own
+    first = learners["norm"](obs)
+    noise = torch.randn(L, n * E, args.horizon, d, generator=generator, device=obs.device)
+    schedule = NoiseSchedule(args.beta_min, args.beta_max)
+    known = first.repeat(1, n, 1), own.repeat_interleave(E, 1)  # plan by plan, in each the E states
+    plans = plan(denoiser, schedule, *known, noise, args.target_return, args.guidance, args.diffusion_steps)
+    second = plans[:, :, 1].view(L, n, E, d)[torch.arange(L), torch.arange(L) % n]  # of its own in its own plan
+    return learners["inverse"](torch.cat([first, second], -1))
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    family(args).train(args, sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    common.run(main)
