@@ -10,10 +10,11 @@ its target noise:
     python baselines/ma_cql.py --scenario simple_spread --dataset expert
     python baselines/ma_cql.py --help
 
-Settings are those published with OMAR. Two differences from that code: its networks begin with batch normalisation of
-observation and action by each call's own batch, so that one and the same action means different things among the data
-and among the samples; here observations alone are standardised, by their moments over all minibatches. And it
-subtracts the density of the noisy policy actions where CQL subtracts the log-density, as is done here.
+Settings are those published with OMAR. Its networks begin with batch normalisation, each call by its own batch. For
+observations that comes to standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a
+scale common to all actions of a call leaves Q as it is, so policies gain nothing from running to the corners of the
+action box, where Q is least known. They do run there without it (`--no-batch-norm`): on simple_spread expert within 500
+updates. One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 
 import common
 import dom2_mpe
-from baselines import ma_bc, ma_td3bc
+from baselines import ma_td3bc
 from baselines.ma_bc import family, resolve_by
 from baselines.ma_td3bc import standardised, step
-from dom2_mpe import soft_update
+from dom2_mpe import TwinCritic, soft_update
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Args(dom2_mpe.RunArgs):
     """noisy actions of the policy at o, and as many at o', in the conservative term"""
     cql_noise: float = 0.2
     """standard deviation of their noise"""
+    batch_norm: bool = True
+    """critics see actions standardised over the call's own batch"""
     action_penalty: float = 1e-3
     """weight of the squared action in the policy's loss"""
     max_grad_norm: float = 0.5
@@ -107,6 +110,14 @@ def algorithm_name(args: Args) -> str:
     return "ma_cql"
 
 
+class BatchNormCritic(TwinCritic):
+    """Twin critics of actions that are standardised over the minibatch: [L, B, d], [L, B, K, A] -> [L, 2, B, K]."""
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(actions, (1, 2), correction=0, keepdim=True)
+        return super().forward(obs, (actions - mean) / (variance + 1e-5).sqrt())
+
+
 class Batch(NamedTuple):
     """A minibatch per learner, and every random number that its update needs."""
 
@@ -120,14 +131,12 @@ class Batch(NamedTuple):
 
 
 def proposals(policy, batch: Batch, noise: float):
-    """Uniform actions and noisy actions of the policy at o and at o': [L, B, M, A] and log-densities [L, B, M]."""
-    with torch.no_grad():
-        centres = torch.stack([policy(batch.obs), policy(batch.next_obs)])[:, :, :, None]  # [2, L, B, 1, A]
-    eps = batch.policy_noise
-    gaussian = -0.5 * eps.square() - math.log(noise * math.sqrt(2 * math.pi))
-    uniform = torch.full_like(batch.random_actions, math.log(0.5))
-    actions = torch.cat([batch.random_actions, *(centres + noise * eps).clamp(-1, 1)], 2)
-    return actions, torch.cat([uniform, *gaussian], 2).sum(-1)
+    """Uniform actions, and noisy actions of the policy at o and at o': pairs of [L, B, K, A] and log-density [L, B, K]."""
+    yield batch.random_actions, torch.full_like(batch.random_actions, math.log(0.5)).sum(-1)
+    for obs, eps in zip((batch.obs, batch.next_obs), batch.policy_noise, strict=True):
+        if eps.numel():
+            log_density = -0.5 * eps.square() - math.log(noise * math.sqrt(2 * math.pi))
+            yield (policy(obs).detach()[:, :, None] + noise * eps).clamp(-1, 1), log_density.sum(-1)
 
 
 def critic_loss(critic, target_critic, policy, target_policy, batch: Batch, args):
@@ -136,11 +145,12 @@ def critic_loss(critic, target_critic, policy, target_policy, batch: Batch, args
         next_action = target_policy(batch.next_obs)
         next_q = target_critic(batch.next_obs, next_action[:, :, None]).amin(1)[..., 0]
         target = (batch.reward + args.gamma * (1 - batch.done) * next_q)[:, None]  # [L, 1, B]
-    sampled, log_density = proposals(policy, batch, args.cql_noise)
-    q = critic(batch.obs, torch.cat([batch.action[:, :, None], sampled], 2))  # [L, 2, B, 1 + M]
-    td = (target - q[..., 0]).square().mean(-1).sum(1)
-    conservative = ((q[..., 1:] - log_density[:, None]).logsumexp(-1) - q[..., 0]).mean(-1).sum(1)
-    metrics = {"losses/td": td, "losses/conservative": conservative, "charts/q_data": q[..., 0].mean((1, 2))}
+    q = critic(batch.obs, batch.action[:, :, None])[..., 0]  # [L, 2, B]
+    sampled = proposals(policy, batch, args.cql_noise)
+    q_sampled = torch.cat([critic(batch.obs, action) - density[:, None] for action, density in sampled], -1)
+    td = (target - q).square().mean(-1).sum(1)
+    conservative = (q_sampled.logsumexp(-1) - q).mean(-1).sum(1)
+    metrics = {"losses/td": td, "losses/conservative": conservative, "charts/q_data": q.mean((1, 2))}
     return td + args.cql_alpha * conservative, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -151,8 +161,13 @@ def policy_loss(policy, critic, batch: Batch, args):
     return args.action_penalty * action.square().mean((1, 2)) - q, {"charts/q_policy": q.detach()}
 
 
-# the networks, their optimisers and how they act are MA-TD3+BC's
-make_learners, make_optimizers, act = ma_td3bc.make_learners, ma_td3bc.make_optimizers, ma_bc.act
+def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device):
+    critic = BatchNormCritic if args.batch_norm else TwinCritic
+    return ma_td3bc.make_learners(args, num_learners, obs_size, action_size, device, critic)
+
+
+# the optimisers and how the policies act are MA-TD3+BC's
+make_optimizers, act = ma_td3bc.make_optimizers, ma_td3bc.act
 
 
 def sample_batch(data, args: Args, num_learners: int) -> Batch:

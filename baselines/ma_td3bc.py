@@ -126,11 +126,11 @@ def policy_loss(policy, critic, batch: Batch, alpha: float):
     return -alpha * q.mean(1) / q.detach().abs().mean(1) + bc, metrics
 
 
-def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
-    """Policies, critics and their target copies; ma_cql and omar have the same."""
+def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device, critic=TwinCritic):
+    """Policies, critics of the class `critic`, and their target copies: an nn.ModuleDict."""
     sizes = num_learners, obs_size, action_size, args.widths
     learners = nn.ModuleDict({"norm": ObservationNorm(num_learners, obs_size)})
-    for name, network in (("policy", Policy), ("critic", TwinCritic)):
+    for name, network in (("policy", Policy), ("critic", critic)):
         learners[name], learners[f"target_{name}"] = network(*sizes), network(*sizes)
         learners[f"target_{name}"].load_state_dict(learners[name].state_dict())
         learners[f"target_{name}"].requires_grad_(False)
