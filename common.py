@@ -96,7 +96,7 @@ RULES = (
         "finite and not negative",
         lambda x: 0 <= x < math.inf,
     ),
-    (("data_fraction", "rho", "actor_lr", "critic_lr"), "in (0, 1]", lambda x: 0 < x <= 1),
+    (("data_fraction", "rho", "lr", "actor_lr", "critic_lr"), "in (0, 1]", lambda x: 0 < x <= 1),
     (("gamma",), "in [0, 1)", lambda x: 0 <= x < 1),
     (("widths", "critic_widths"), "at least one width, each at least 1", lambda x: x and min(x) >= 1),
     (("quantiles",), "numbers in [0, 1]", lambda x: all(0 <= q <= 1 for q in x)),

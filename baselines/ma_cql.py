@@ -94,7 +94,7 @@ BY_DATA = {
     "HalfCheetah": {"updates": (100_000,) * 6, "cql_alpha": (1.0, 5.0, 5.0, 1.0, 5.0, 5.0)},
 }
 RULES = (
-    (("lr", "cql_noise"), "in (0, 1]", lambda x: 0 < x <= 1),
+    (("cql_noise",), "in (0, 1]", lambda x: 0 < x <= 1),
     (("cql_actions",), "at least 1", lambda x: x >= 1),
     (("cql_policy_actions",), "at least 0", lambda x: x >= 0),
     (("cql_alpha", "action_penalty"), "finite and not negative", lambda x: 0 <= x < math.inf),
@@ -131,7 +131,7 @@ class Batch(NamedTuple):
 
 
 def proposals(policy, batch: Batch, noise: float):
-    """Uniform actions, and noisy actions of the policy at o and at o': pairs of [L, B, K, A] and log-density [L, B, K]."""
+    """Uniform actions, noisy actions of the policy at o and at o': each [L, B, K, A] with log-densities [L, B, K]."""
     yield batch.random_actions, torch.full_like(batch.random_actions, math.log(0.5)).sum(-1)
     for obs, eps in zip((batch.obs, batch.next_obs), batch.policy_noise, strict=True):
         if eps.numel():

@@ -75,7 +75,6 @@ BY_DATA = {  # in the order of common.DATASETS
 }
 RULES = (
     (("policy_delay",), "at least 1", lambda x: x >= 1),
-    (("lr",), "in (0, 1]", lambda x: 0 < x <= 1),
     (("alpha", "target_noise", "target_noise_clip"), "finite and not negative", lambda x: 0 <= x < math.inf),
 )
 

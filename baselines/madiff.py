@@ -85,7 +85,6 @@ RULES = (
     (("width",), "at least 4", lambda x: x >= 4),
     (("num_blocks",), "at least 1", lambda x: x >= 1),
     (("inverse_widths",), "at least one width, each at least 1", lambda x: x and min(x) >= 1),
-    (("lr",), "in (0, 1]", lambda x: 0 < x <= 1),
     (("return_dropout", "target_return"), "in [0, 1]", lambda x: 0 <= x <= 1),
     (("guidance",), "finite and not negative", lambda x: 0 <= x < math.inf),
     (("batch_size",), "at least 2", lambda x: x >= 2),  # returns are ranked among them

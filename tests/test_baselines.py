@@ -1,0 +1,860 @@
+"""The baselines: each loss against a naive version, each script from end to end on tiny data, what they refuse."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+from baselines import ma_bc, ma_cql, ma_sfbc, ma_td3bc, madiff, omar
+from common import UserError
+from dom2_mpe import Data, NoiseSchedule, TwinCritic
+from particle_env import SCENARIOS
+
+torch.set_num_threads(1)
+
+BASELINES = {m.__name__.removeprefix("baselines."): m for m in (ma_bc, ma_td3bc, ma_cql, omar, ma_sfbc, madiff)}
+ALL_SCENARIOS = (*SCENARIOS, "HalfCheetah")
+L, B, D, A = 2, 5, 4, 2  # learners, minibatch, observation and action entries
+
+every_baseline = pytest.mark.parametrize("name", BASELINES)
+
+
+def close(actual, expected, tolerance=1e-10):
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def options(module, **changes):
+    return module.resolve(module.Args(**{"scenario": "simple_spread", "dataset": "medium", "batch_size": B} | changes))
+
+
+def networks(network, *sizes, seed=0):
+    """A network in double precision whose output is not near zero."""
+    torch.manual_seed(seed)
+    net = network(*sizes).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return net
+
+
+def actors_and_critics():
+    return [networks(ma_bc.Policy, L, D, A, (7, 6), seed=s) for s in (1, 2)] + [
+        networks(TwinCritic, L, D, A, (8, 5), seed=s) for s in (3, 4)
+    ]
+
+
+def transitions():
+    """obs, action, reward, next_obs, done; the last transition of every minibatch ends in a terminal state."""
+    done = torch.zeros(L, B, dtype=torch.float64)
+    done[:, -1] = 1
+    return normal(L, B, D), normal(L, B, A, seed=1).tanh(), normal(L, B, seed=2), normal(L, B, D, seed=3), done
+
+
+def q_of(critic, obs, action, learner, twin):
+    """Q of one learner's twin at one observation and action, out of the whole stack."""
+    return critic(obs.expand(L, 1, -1), action.expand(L, 1, 1, -1))[learner, twin, 0, 0]
+
+
+def action_of(policy, obs, learner):
+    return policy(obs.expand(L, 1, -1))[learner, 0]
+
+
+def gradients(loss, module):
+    return torch.autograd.grad(loss.sum(), list(module.parameters()), retain_graph=True)
+
+
+# ---- building blocks ----
+
+
+def test_observation_norm_has_the_moments_of_everything_it_has_seen():
+    norm = ma_bc.ObservationNorm(L, D).double()
+    batches = [3 * normal(L, B, D, seed=s) + torch.arange(L * D).view(L, 1, D) for s in range(4)]
+    for batch in batches:
+        norm.track(batch)
+    seen = torch.cat(batches, 1)
+    expected = (batches[0] - seen.mean(1, keepdim=True)) / (seen.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    close(norm(batches[0]), expected)
+
+
+def test_policy_is_a_plain_mlp_per_learner():
+    policy = networks(ma_bc.Policy, L, D, A, (7, 6))
+    obs = normal(L, B, D)
+    for i in range(L):
+        x = obs[i]
+        for k, layer in enumerate(policy.layers):
+            x = x @ layer.weight[i] + layer.bias[i]
+            x = x.relu() if k < 2 else x.tanh()
+        close(policy(obs)[i], x)
+
+
+def test_policies_start_near_zero():
+    torch.manual_seed(0)
+    assert ma_bc.Policy(L, D, A, (64, 64))(torch.randn(L, 100, D)).abs().max() < 0.2
+
+
+# ---- losses against naive versions ----
+
+
+def test_bc_loss():
+    policy = networks(ma_bc.Policy, L, D, A, (7,))
+    obs, action, *_ = transitions()
+    for i in range(L):
+        errors = [(action_of(policy, obs[i, b], i)[k] - action[i, b, k]) ** 2 for b in range(B) for k in range(A)]
+        close(ma_bc.bc_loss(policy, ma_bc.Batch(obs, action))[i], sum(errors) / len(errors))
+
+
+def test_td3bc_critic_loss():
+    _, target_policy, critic, target_critic = actors_and_critics()
+    batch = ma_td3bc.Batch(*transitions(), target_noise=3 * normal(L, B, A, seed=5))
+    loss = ma_td3bc.critic_loss(critic, target_critic, target_policy, batch, 0.9, noise=0.4, clip=0.5)
+    for i in range(L):
+        expected = 0
+        for b in range(B):
+            shift = torch.stack([(0.4 * e).clip(-0.5, 0.5) for e in batch.target_noise[i, b]])
+            action = (action_of(target_policy, batch.next_obs[i, b], i) + shift).clamp(-1, 1)
+            next_q = min(q_of(target_critic, batch.next_obs[i, b], action, i, twin) for twin in (0, 1))
+            target = batch.reward[i, b] + (0.9 * next_q if b < B - 1 else 0)
+            for twin in (0, 1):
+                expected += (target - q_of(critic, batch.obs[i, b], batch.action[i, b], i, twin)) ** 2 / B
+        close(loss[i], expected)
+
+
+def test_td3bc_policy_loss_and_its_gradient():
+    policy, _, critic, _ = actors_and_critics()
+    batch = ma_td3bc.Batch(*transitions(), target_noise=None)
+    loss, _ = ma_td3bc.policy_loss(policy, critic, batch, alpha=1.7)
+    expected = []
+    for i in range(L):
+        actions = [action_of(policy, batch.obs[i, b], i) for b in range(B)]
+        q = torch.stack([q_of(critic, batch.obs[i, b], actions[b], i, 0) for b in range(B)])
+        weight = 1.7 / (sum(abs(x.item()) for x in q) / B)  # a number: no gradient
+        expected.append(-weight * q.mean() + (torch.stack(actions) - batch.action[i]).square().mean())
+    expected = torch.stack(expected)
+    close(loss, expected)
+    for actual, naive in zip(gradients(loss, policy), gradients(expected, policy), strict=True):
+        close(actual, naive)
+
+
+def cql_batch(policy_actions):
+    uniform = normal(L, B, 3, A, seed=6).tanh()
+    return ma_cql.Batch(*transitions(), uniform, normal(2, L, B, policy_actions, A, seed=7))
+
+
+@pytest.mark.parametrize("policy_actions", [0, 2])
+def test_cql_critic_loss(policy_actions):
+    policy, target_policy, critic, target_critic = actors_and_critics()
+    args = options(ma_cql, cql_alpha=1.5, cql_noise=0.3, cql_policy_actions=policy_actions, gamma=0.9)
+    batch = cql_batch(policy_actions)
+    loss, metrics = ma_cql.critic_loss(critic, target_critic, policy, target_policy, batch, args)
+    uniform, gaussian = torch.distributions.Uniform(-1.0, 1.0), torch.distributions.Normal(0.0, 0.3)
+    for i in range(L):
+        td = conservative = 0
+        for b in range(B):
+            obs, next_obs = batch.obs[i, b], batch.next_obs[i, b]
+            action = action_of(target_policy, next_obs, i)
+            next_q = min(q_of(target_critic, next_obs, action, i, twin) for twin in (0, 1))
+            target = batch.reward[i, b] + (0.9 * next_q if b < B - 1 else 0)
+            sampled = [(a, uniform.log_prob(a * 0.999).sum()) for a in batch.random_actions[i, b]]
+            for centre, noises in zip((obs, next_obs), batch.policy_noise[:, i, b], strict=True):
+                for noise in 0.3 * noises:
+                    sampled.append(
+                        ((action_of(policy, centre, i) + noise).clamp(-1, 1), gaussian.log_prob(noise).sum())
+                    )
+            for twin in (0, 1):
+                q = q_of(critic, obs, batch.action[i, b], i, twin)
+                total = sum(math.exp(q_of(critic, obs, a, i, twin) - density) for a, density in sampled)
+                td += (target - q).item() ** 2 / B
+                conservative += (math.log(total) - q.item()) / B
+        close(loss[i].item(), td + 1.5 * conservative, 1e-7)
+        close(metrics["losses/td"][i], td, 1e-7)
+        close(metrics["losses/conservative"][i], conservative, 1e-7)
+
+
+def test_batch_norm_critic_sees_standardised_actions():
+    critic = networks(ma_cql.BatchNormCritic, L, D, A, (8, 5))
+    obs, actions = normal(L, B, D), normal(L, B, 3, A, seed=1)
+    standard = torch.empty_like(actions)
+    for i in range(L):
+        rows = actions[i].view(B * 3, A)
+        standard[i] = (actions[i] - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+    q = critic(obs, actions)
+    close(q, TwinCritic.forward(critic, obs, standard))
+    close(critic(obs, 0.5 * actions + 3), q, 1e-4)
+    for batch_norm, network in ((True, ma_cql.BatchNormCritic), (False, TwinCritic)):
+        learners = omar.make_learners(options(omar, batch_norm=batch_norm), L, D, A, "cpu")
+        assert type(learners["critic"]) is type(learners["target_critic"]) is network
+
+
+def test_cql_policy_loss():
+    policy, _, critic, _ = actors_and_critics()
+    loss, _ = ma_cql.policy_loss(policy, critic, cql_batch(0), options(ma_cql, action_penalty=0.4))
+    obs = transitions()[0]
+    for i in range(L):
+        actions = [action_of(policy, obs[i, b], i) for b in range(B)]
+        q = [q_of(critic, obs[i, b], actions[b], i, 0) for b in range(B)]
+        close(loss[i], 0.4 * sum(a.square().mean() for a in actions) / B - sum(q) / B)
+
+
+def test_omar_policy_loss():
+    policy, _, critic, _ = actors_and_critics()
+    args = options(omar, omar_coe=0.6, action_penalty=0.4, omar_sigma=0.7)
+    batch = omar.Batch(*cql_batch(0), sampler_noise=normal(3, L, B, 4, A, seed=8))
+    loss, _ = omar.policy_loss(policy, critic, batch, args)
+    own = 0
+    for i in range(L):
+        expected = 0
+        for b in range(B):
+            obs, action = batch.obs[i, b], action_of(policy, batch.obs[i, b], i)
+            mu, sigma = torch.zeros(A), 0.7
+            for noise in batch.sampler_noise[:, i, b]:
+                samples = [(mu + sigma * eps).clamp(-1, 1) for eps in noise]
+                q = [q_of(critic, obs, a, i, 0).item() for a in samples]
+                weights = [math.exp(x - max(q)) for x in q]
+                mu = sum(w * a for w, a in zip(weights, samples, strict=True)) / sum(weights)
+                sigma = (sum((a - mu) ** 2 for a in samples) / len(samples)).sqrt()
+            policy_q = q_of(critic, obs, action, i, 0)
+            best = samples[q.index(max(q))] if max(q) > policy_q else action
+            own += best is action
+            expected += (0.6 * (action - best).square().mean() - 0.4 * policy_q + 0.4 * action.square().mean()) / B
+        close(loss[i], expected)
+    assert 0 < own < L * B  # both cases occurred
+
+
+def test_sfbc_value():
+    q = normal(3, 4)
+    for alpha in (0.0, 2.0):
+        for row, value in zip(q, ma_sfbc.value(q, alpha), strict=True):
+            weights = [math.exp(alpha * x) for x in row]
+            close(value, sum(w * x for w, x in zip(weights, row, strict=True)) / sum(weights))
+    close(ma_sfbc.value(q, 1e6), q.amax(-1))
+
+
+def test_sfbc_planning():
+    reward, value = normal(6, 4, seed=1), normal(6, 4, seed=2)
+    lengths = (4, 4, 4, 3, 2, 1)
+    real = torch.tensor([[t < n for t in range(4)] for n in lengths], dtype=torch.float64)
+    planned = ma_sfbc.planning(reward, value, real, 0.8)
+    for w, n in enumerate(lengths):
+        later = -math.inf
+        for t in reversed(range(n)):
+            later = reward[w, t] + 0.8 * max(later, value[w, t])
+            close(planned[w, t], later)
+
+
+def test_sfbc_critic_loss():
+    args = options(ma_sfbc, widths=(8,), critic_widths=(7, 6), batch_size=6, window=3, bf16=False)
+    torch.manual_seed(0)
+    learners = ma_sfbc.make_learners(args, L, D, A, "cpu").double()
+    critic, policy = learners["critic"], learners["policy"]
+    target_critic = networks(ma_sfbc.Critic, L, D, A, (7, 6))
+    obs, next_obs, action = normal(L, 6, D), normal(L, 6, D, seed=1), normal(L, 6, A, seed=2).tanh()
+    real = torch.tensor([[1.0, 1, 1, 1, 1, 0]] * L).double()
+    done = torch.tensor([[0.0, 0, 0, 0, 1, 0]] * L).double()
+    batch = ma_sfbc.Batch(
+        obs, action, normal(L, 6, seed=3), next_obs, done, real, None, None, plan_noise=normal(L, 6, 5, A, seed=4)
+    )
+    loss, _ = ma_sfbc.critic_loss(critic, target_critic, policy, batch, 3, 0.9, 2.0)
+    candidates = torch.stack([policy(next_obs, batch.plan_noise[:, :, k]) for k in range(5)], 2)
+    q = torch.stack([target_critic(next_obs, candidates[:, :, k : k + 1])[..., 0] for k in range(5)], -1)
+    value = (1 - done) * (torch.softmax(2.0 * q, -1) * q).sum(-1)
+    for i in range(L):
+        errors = []
+        for steps in ((0, 1, 2), (3, 4)):
+            later = -math.inf
+            for t in reversed(steps):
+                later = batch.reward[i, t] + 0.9 * max(later, value[i, t])
+                errors.append((critic(obs, action[:, :, None])[i, t, 0] - later) ** 2)
+        close(loss[i], sum(errors) / 5)
+
+
+def test_sfbc_critic_is_a_plain_mlp():
+    critic = networks(ma_sfbc.Critic, L, D, A, (7, 6))
+    obs, actions = normal(L, B, D), normal(L, B, 3, A, seed=1)
+    for i in range(L):
+        for k in range(3):
+            x = torch.cat([obs[i], actions[i, :, k]], -1)
+            for j, layer in enumerate(critic.layers):
+                x = x @ layer.weight[i] + layer.bias[i]
+                x = F.silu(x) if j < 2 else x
+            close(critic(obs, actions)[i, :, k], x[:, 0])
+
+
+def denoiser(num_seeds=2, num_agents=3, width=8, blocks=2):
+    return networks(madiff.Denoiser, num_seeds * num_agents, num_agents, D, width, blocks)
+
+
+def test_madiff_trajectory_loss():
+    net, schedule, M, H = denoiser(), NoiseSchedule(), 6, 4
+    ego = F.one_hot(torch.arange(B) % 3, 3).T.repeat(2, 1).double()  # [6, B]
+    tau = normal(M, B).sigmoid()
+    batch = madiff.Batch(
+        obs=normal(M, B, H, D, seed=1), action=None, next_obs=None, rank=normal(M, B, seed=2).sigmoid(),
+        guided=(normal(M, B, seed=3) > 0).double(), ego=ego, tau=tau, eps=normal(M, B, H, D, seed=4),
+    )  # fmt: skip
+    x = torch.zeros_like(batch.obs)
+    known = torch.zeros(M, B, H, 1).double()
+    for i in range(M):
+        for b in range(B):
+            for h in range(H):
+                known[i, b, h] = is_known = float(h == 0 and ego[i, b] == 1)
+                alpha, sigma = schedule.alpha(tau[i, b]), schedule.sigma(tau[i, b])
+                noisy = alpha * batch.obs[i, b, h] + sigma * batch.eps[i, b, h]
+                x[i, b, h] = batch.obs[i, b, h] if is_known else noisy
+    predicted = net(x, known, batch.rank, batch.guided, tau)
+    loss = madiff.trajectory_loss(net, schedule, batch)
+    for i in range(M):
+        errors = [
+            ((predicted - batch.obs)[i, b, h] ** 2).sum() * (1 - known[i, b, h, 0]) for b in range(B) for h in range(H)
+        ]
+        close(loss[i], sum(errors) / (B * H * D))
+
+
+def test_madiff_inverse_loss():
+    inverse = networks(ma_bc.Policy, L, 2 * D, A, (7,))
+    obs, action, _, next_obs, _ = transitions()
+    windows = torch.stack([obs, normal(L, B, D, seed=9)], 2)
+    batch = madiff.Batch(windows, action, next_obs, *[None] * 5)
+    for i in range(L):
+        errors = [
+            (action_of(inverse, torch.cat([obs[i, b], next_obs[i, b]]), i) - action[i, b]).square().mean()
+            for b in range(B)
+        ]
+        close(madiff.inverse_loss(inverse, batch)[i], sum(errors) / B)
+
+
+# ---- OMAR's sampler ----
+
+
+def quadratic(optimum, steepness):
+    return lambda a: -steepness * (a - optimum[:, :, None]).square().sum(-1)
+
+
+@pytest.mark.parametrize("elites", [0, 5])
+def test_omar_sampler_finds_the_maximum_of_a_known_q(elites):
+    optimum = 0.9 * normal(L, 50, A).tanh()  # its own for every learner and observation
+    noise = normal(4, L, 50, 100, A, seed=1)
+    found, q = omar.zeroth_order(quadratic(optimum, 30.0), noise, 2.0, elites)
+    distance = (found - optimum).norm(dim=-1)
+    close(q, -30.0 * distance.square())
+    assert distance.mean() < 0.15 and (elites == 0 or distance.median() < 0.01)
+    guess = omar.zeroth_order(quadratic(optimum, 0.0), noise, 2.0, elites)[0]
+    assert (guess - optimum).norm(dim=-1).mean() > 0.5  # where Q says nothing nothing is found
+
+
+def test_omar_sampler_escapes_a_local_maximum():
+    def q(a):  # a wide hill at -0.7 and a higher one at 0.6
+        return 5 * torch.exp(-4 * (a[..., 0] + 0.7) ** 2) + 8 * torch.exp(-20 * (a[..., 0] - 0.6) ** 2)
+
+    found, _ = omar.zeroth_order(q, normal(3, 1, 200, 40, 1), 2.0)
+    assert ((found - 0.6).abs() < 0.3).double().mean() > 0.9
+
+
+def test_omar_elites_stay_among_the_samples():
+    """With noise of one iteration only, nothing better can be found later: the first one's best is kept."""
+    optimum = normal(L, B, A).tanh()
+    noise = normal(3, L, B, 6, A, seed=2)
+    noise[1:] = 50.0  # far outside: clipped to a corner
+    first = noise[0].clamp(-1, 1)
+    best = quadratic(optimum, 1.0)(first).amax(-1)
+    corner = quadratic(optimum, 1.0)(torch.ones(L, B, 1, A).double())[..., 0]
+    _, q = omar.zeroth_order(quadratic(optimum, 1.0), noise, 1.0, 2)
+    close(q, torch.maximum(best, corner))
+
+
+# ---- SfBC's choice ----
+
+
+def test_sfbc_chooses_with_probability_softmax_of_q():
+    q = torch.tensor([[0.0, 0.5, 1.0]]).expand(20_000, 3)
+    actions = torch.eye(3).expand(20_000, 3, 3)
+    generator = torch.Generator().manual_seed(0)
+    for alpha in (0.0, 2.0):
+        share = ma_sfbc.choose(q, actions, alpha, generator).mean(0)
+        close(share, torch.softmax(alpha * q[0], -1), 0.02)
+
+
+def two_modes(num_episodes=200, steps=4):
+    """Trajectories of 2 agents whose actions are -0.6 or 0.6; agent 0 is paid for the one, agent 1 for the other."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.zeros(2, num_episodes * steps, 2 * D + A + 2)
+    action = 0.6 * torch.randn(rows.shape[:2], generator=generator).sign()
+    rows[:, :, :D] = rows[:, :, -D - 1 : -1] = torch.randn(*rows.shape[:2], D, generator=generator)
+    rows[:, :, D : D + A] = action[..., None] + 0.05 * torch.randn(*rows.shape[:2], A, generator=generator)
+    rows[:, :, D + A] = action * torch.tensor([[1.0], [-1.0]])
+    starts = torch.arange(num_episodes) * steps
+    lengths = torch.full_like(starts, steps)
+    return Data(rows, starts, lengths, torch.arange(num_episodes), torch.arange(rows.shape[1]), D, {})
+
+
+def test_sfbc_prefers_the_better_of_two_modes():
+    torch.manual_seed(0)
+    data = two_modes()
+    args = options(
+        ma_sfbc, widths=(32, 16), critic_widths=(32,), batch_size=128, window=4, plan_candidates=2, gamma=0.5,
+        actor_lr=5e-3, critic_lr=5e-3, bf16=False, diffusion_steps=10,
+    )  # fmt: skip
+    learners = ma_sfbc.make_learners(args, 2, D, A, "cpu")
+    optimizers = ma_sfbc.make_optimizers(args, learners)
+    for _ in range(400):
+        ma_sfbc.update(learners, optimizers, ma_sfbc.sample_batch(data, args, 2), args)
+    obs, generator = torch.randn(2, 200, D), torch.Generator().manual_seed(0)
+    either = ma_sfbc.act(learners, obs, replace(args, eval_alpha=0.0), generator)[..., 0]
+    better = ma_sfbc.act(learners, obs, args, generator)[..., 0]
+    assert 0.25 < (either > 0).float().mean() < 0.75  # the behaviour has both
+    assert ((either.abs() - 0.6).abs() < 0.3).float().mean() > 0.8
+    assert (better[0] > 0.3).float().mean() > 0.95 and (better[1] < -0.3).float().mean() > 0.95
+
+
+# ---- MADiff's plans ----
+
+
+def test_madiff_plans_start_at_the_given_observation():
+    net, M, H = denoiser(), 6, 5
+    first, ego = 10 + normal(M, B, D), F.one_hot(torch.arange(B) % 3, 3).T.repeat(2, 1).double()
+    plans = madiff.plan(net, NoiseSchedule(), first, ego, normal(M, B, H, D, seed=1), 0.9, 1.2, 4)
+    assert plans.shape == (M, B, H, D) and plans.isfinite().all()
+    assert torch.equal(plans[:, :, 0][ego == 1], first[ego == 1])
+    assert (plans[:, :, 0][ego == 0] != first[ego == 0]).all()
+    assert (plans[:, :, 1] != first).all()
+
+
+def test_madiff_plans_what_the_network_predicts():
+    """One whose prediction is a fixed trajectory plans that one, guided by the return as far as asked."""
+    M, H = 6, 5
+    trajectory, better = normal(M, B, H, D), normal(M, B, H, D, seed=1)
+
+    def net(x, known, rank, guided, t):
+        return torch.lerp(trajectory, better, (guided * rank)[:, :, None, None])
+
+    first, ego = normal(M, B, D, seed=2), torch.zeros(M, B).double()
+    for guidance in (0.0, 1.0, 1.2):
+        plans = madiff.plan(net, NoiseSchedule(0.1, 20.0), first, ego, normal(M, B, H, D, seed=3), 0.5, guidance, 5)
+        close(plans, trajectory + guidance * 0.5 * (better - trajectory), 0.05)
+
+
+def test_madiff_agents_attend_to_their_own_team_alone():
+    net, H = denoiser(), 4
+    x, known, rank, guided = normal(6, B, H, D), torch.zeros(6, B, H, 1).double(), normal(6, B), normal(6, B, seed=1)
+    with torch.no_grad():
+        before = net(x, known, rank, guided, 0.5)
+        x[1] += 1  # the second agent of the first seed
+        changed = (net(x, known, rank, guided, 0.5) - before).abs().amax((1, 2, 3)) > 1e-9
+    assert changed.tolist() == [True, True, True, False, False, False]
+
+
+def test_madiff_acts_on_its_own_observation_alone():
+    args = options(madiff, width=8, num_blocks=2, horizon=4, bf16=False, inverse_widths=(16,))
+    torch.manual_seed(0)
+    learners = madiff.make_learners(args, 6, D, A, "cpu")
+    for p in learners.parameters():
+        p.data.add_(0.2 * torch.randn_like(p))
+    obs = torch.randn(6, B, D)
+
+    def act():
+        return madiff.act(learners, obs, args, torch.Generator().manual_seed(1))
+
+    before = act()
+    assert before.shape == (6, B, A)
+    obs[1, 2] += 1
+    changed = ((act() - before).abs() > 1e-6).any(-1)
+    assert changed.nonzero().tolist() == [[1, 2]]
+
+
+def ramp(lengths=(5, 3, 9), num_agents=2):
+    """Trajectories whose observations count the rows, and whose next observation follows."""
+    total = sum(lengths)
+    count = torch.arange(total, dtype=torch.float32)
+    rows = torch.zeros(num_agents, total, 2 * D + A + 2)
+    rows[:, :, :D] = count[:, None] + 1000 * torch.arange(num_agents)[:, None, None]
+    rows[:, :, -D - 1 : -1] = rows[:, :, :D] + 0.5  # also where the trajectory ends
+    rows[:, :, D] = count
+    rows[:, :, D + A] = count**2
+    lengths = torch.tensor(lengths)
+    starts = lengths.cumsum(0) - lengths
+    return Data(rows, starts, lengths, torch.tensor([0, 1, 2, 2]), None, D, {})
+
+
+def test_madiff_windows():
+    data, H, M = ramp(), 4, 3_000
+    torch.manual_seed(0)
+    batch = madiff.sample_batch(data, options(madiff, batch_size=M, horizon=H, return_dropout=0.25), 4)
+    obs = batch.obs[..., 0].view(2, 2, M, H)
+    assert torch.equal(obs[:, 0] + 1000, obs[:, 1]) and not torch.equal(obs[0], obs[1])  # a team's are the same
+    ends = (data.starts + data.lengths).tolist()
+    counts = torch.zeros(3)
+    means = torch.zeros(2, M)
+    for s in range(2):
+        for b in range(M):
+            start = int(obs[s, 0, b, 0])
+            end = min(e for e in ends if e > start)
+            expected = [start + h if start + h < end else end - 0.5 for h in range(H)]
+            assert obs[s, 0, b].tolist() == expected
+            means[s, b] = sum(t**2 for t in range(start, min(start + H, end))) / (min(start + H, end) - start)
+            counts[ends.index(end)] += 1
+    close(counts / counts.sum(), torch.tensor([0.25, 0.25, 0.5]), 0.03)
+    start = batch.obs[:, :, 0]
+    assert torch.equal(batch.next_obs, start + 0.5) and torch.equal(batch.action[:, :, 0], start[..., 0] % 1000)
+    rank = batch.rank.view(2, 2, M)
+    for s in range(2):
+        order = rank[s, 0].argsort()
+        assert (means[s, order].diff() >= 0).all()
+        close(rank[s, 0, order], torch.linspace(0, 1, M), 1e-6)
+    assert torch.equal(batch.ego.view(2, 2, M).sum(1), torch.ones(2, M))
+    assert 0.45 < batch.ego.mean() < 0.55 and 0.72 < batch.guided.mean() < 0.78
+    assert torch.equal(batch.guided.view(2, 2, M)[:, 0], batch.guided.view(2, 2, M)[:, 1])
+
+
+def test_sfbc_windows():
+    data, H = ramp(), 4
+    torch.manual_seed(0)
+    args = options(ma_sfbc, batch_size=4 * 500, window=H)
+    batch = ma_sfbc.sample_batch(data, args, 4)
+    first = batch.obs[..., 0].view(4, 500, H)
+    assert (first[[0, 2]] < 1000).all() and (first[[1, 3]] >= 1000).all()  # each agent's own
+    ends = data.starts + data.lengths
+    for window, real in zip((first % 1000).flatten(0, 1), batch.real.view(-1, H), strict=True):
+        end = ends[ends > window[0]][0]
+        steps = window[0] + torch.arange(H)
+        assert torch.equal(window, steps.clamp(max=end - 1)) and torch.equal(real, (steps < end).float())
+    starts = (first % 1000)[..., 0].long().flatten().bincount(minlength=17)
+    # the first has windows from 0 and 1, the second is shorter than a window, the third has them from 8 to 13
+    assert set(starts.nonzero().flatten().tolist()) == {0, 1, 5, *range(8, 14)}
+    assert torch.equal(batch.next_obs, batch.obs + 0.5)
+
+
+# ---- updates ----
+
+
+SMALL = {
+    "ma_bc": {"widths": (8,)},
+    "ma_td3bc": {"widths": (8,)},
+    "ma_cql": {"widths": (8,), "cql_policy_actions": 2},
+    "omar": {"widths": (8,), "omar_coe": 0.5},
+    "ma_sfbc": {"widths": (8,), "critic_widths": (8,), "window": 5, "plan_candidates": 3, "eval_candidates": 4},
+    "madiff": {"width": 8, "num_blocks": 1, "inverse_widths": (8,), "horizon": 3},
+}
+
+
+def random_data(num_agents, episodes=8, steps=5):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(num_agents, episodes * steps, 2 * D + A + 2, generator=generator)
+    rows[:, :, D : D + A].tanh_()
+    rows[:, :, -1] = 0
+    starts = torch.arange(episodes) * steps
+    index = torch.arange(episodes * steps)
+    return Data(rows, starts, torch.full_like(starts, steps), torch.arange(episodes), index, D, {})
+
+
+def trained(name, data, updates=3):
+    """Two seeds of three agents after some updates."""
+    module = BASELINES[name]
+    args = options(module, num_seeds=2, batch_size=10, **SMALL[name])
+    torch.manual_seed(0)
+    learners = module.make_learners(args, 6, D, A, "cpu")
+    optimizers = module.make_optimizers(args, learners)
+    for _ in range(updates):
+        metrics = module.update(learners, optimizers, module.sample_batch(data, args, 6), args)
+    return module, args, learners, metrics
+
+
+@every_baseline
+def test_an_update_changes_every_network_and_logs_numbers_of_all_learners(name):
+    data = random_data(3)
+    _, _, before, _ = trained(name, data, updates=1)
+    module, args, after, metrics = trained(name, data, updates=4)
+    for (key, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert not torch.equal(old, new), key
+    assert all(value.shape == (6,) and value.isfinite().all() and not value.requires_grad for value in metrics.values())
+    actions = module.act(after, torch.randn(6, 7, D), args, torch.Generator().manual_seed(0))
+    assert actions.shape == (6, 7, A) and actions.abs().max() <= 1 and not actions.requires_grad
+
+
+@every_baseline
+def test_learners_do_not_see_each_other(name):
+    """Another reward and other actions of agent 1 change that agent alone; in MADiff, its team."""
+    data = random_data(3)
+    _, _, before, _ = trained(name, data)
+    data.rows[1, :, D:-D] *= -0.5
+    _, _, after, _ = trained(name, data)
+    changed = torch.zeros(6, dtype=torch.bool)
+    for old, new in zip(before.parameters(), after.parameters(), strict=True):
+        changed |= (old != new).unflatten(0, (6, -1)).flatten(1).any(1)
+    assert changed.tolist() == [True] * 6 if name == "madiff" else [False, True, False] * 2
+
+
+@pytest.mark.parametrize("name", ["ma_td3bc", "ma_cql", "omar"])
+def test_update_steps_critics_then_policies_then_targets(name):
+    """Replayed by hand, with an Adam per network and gradients clipped learner by learner."""
+    module = BASELINES[name]
+    args = options(module, batch_size=10, lr=0.01, rho=0.2, max_grad_norm=0.05, **SMALL[name])
+    torch.manual_seed(0)
+    learners = module.make_learners(args, L, D, A, "cpu")
+    batches = module.sample_batch(random_data(L), args, L)
+    expected, norm = copy.deepcopy(learners), ma_bc.ObservationNorm(L, D)
+    adams = {k: torch.optim.Adam(expected[k].parameters(), 0.01) for k in ("policy", "critic")}
+
+    def step(key, loss):
+        adams[key].zero_grad()
+        loss.sum().backward()
+        for i in range(L):
+            parts = [p.grad.unflatten(0, (L, -1))[i] for p in expected[key].parameters()]
+            length = torch.cat([g.flatten() for g in parts]).norm()
+            assert length > 0.05 or key == "policy"
+            for g in parts:
+                g.mul_(min(1.0, 0.05 / length.item()))
+        adams[key].step()
+
+    policy, critic = expected["policy"], expected["critic"]
+    assert name != "ma_td3bc" or len(batches) == 2
+    for batch in batches if name == "ma_td3bc" else [batches]:
+        norm.track(batch.obs)
+        batch = batch._replace(obs=norm(batch.obs), next_obs=norm(batch.next_obs))
+        targets = expected["target_critic"], expected["target_policy"]
+        if name == "ma_td3bc":
+            step("critic", ma_td3bc.critic_loss(critic, *targets, batch, args.gamma, 0.2, 0.5))
+        else:
+            step("critic", ma_cql.critic_loss(critic, targets[0], policy, targets[1], batch, args)[0])
+    step("policy", module.policy_loss(policy, critic, batch, args.alpha if name == "ma_td3bc" else args)[0])
+    for key in ("policy", "critic"):
+        for target, source in zip(expected[f"target_{key}"].parameters(), expected[key].parameters(), strict=True):
+            target.data = 0.8 * target.data + 0.2 * source.data
+
+    module.update(learners, module.make_optimizers(args, learners), batches, args)
+    for (key, actual), value in zip(learners.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_omar_with_all_weight_on_the_sampler_moves_towards_its_action():
+    """A critic that peaks at a known action: after training, the policy is there."""
+    args = options(omar, omar_coe=1.0, action_penalty=0.0, omar_samples=30, lr=0.01)
+    policy = networks(ma_bc.Policy, 1, D, A, (16,)).float()
+    peak = torch.tensor([0.5, -0.4])
+
+    def critic(obs, actions):
+        return (-20 * (actions - peak).square().sum(-1))[:, None].expand(-1, 2, -1, -1)
+
+    optimizer = torch.optim.Adam(policy.parameters(), 0.01)
+    torch.manual_seed(0)
+    for _ in range(150):
+        batch = omar.Batch(torch.randn(1, 32, D), *[None] * 6, sampler_noise=torch.randn(3, 1, 32, 30, A))
+        optimizer.zero_grad()
+        omar.policy_loss(policy, critic, batch, args)[0].sum().backward()
+        optimizer.step()
+    assert (policy(torch.randn(1, 100, D)) - peak).norm(dim=-1).mean() < 0.15
+
+
+# ---- scripts ----
+
+
+TINY = {"num_seeds": 2, "updates": 4, "batch_size": 25, "eval_interval": 2, "eval_episodes": 3, "cuda": False}
+
+
+@pytest.fixture
+def tiny(tmp_path, data_dir, pretrained):
+    """tiny(name, scenario): options of a run on 20 episodes."""
+
+    def tiny(name, scenario="simple_spread", **changes):
+        places = {"data_dir": str(data_dir), "run_dir": str(tmp_path / "runs")}
+        if len(SCENARIOS[scenario].agents) > SCENARIOS[scenario].num_controlled:
+            places["prey"] = str(pretrained / f"{scenario}.pt")
+        small = SMALL[name] | ({"window": 25} if name == "ma_sfbc" else {})
+        return {"scenario": scenario, "dataset": "medium"} | TINY | small | places | changes
+
+    return tiny
+
+
+def run(name, options):
+    module = BASELINES[name]
+    args = module.Args(**options)
+    return ma_bc.family(args).train(args, module)
+
+
+@every_baseline
+@pytest.mark.parametrize("scenario", ["simple_spread", "simple_tag"])
+def test_whole_run(name, scenario, tiny, tmp_path, capsys):
+    results = run(name, tiny(name, scenario))
+    assert results["algorithm"] == name and results["scenario"] == scenario
+    for shift in ("none", "speed"):
+        returns = torch.tensor(results["returns"][shift])
+        assert returns.shape == (2,) and returns.isfinite().all() and returns[0] != returns[1]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads((folder / "results.json").read_text())["returns"] == results["returns"]
+    assert f"{name.upper()} on {scenario}/medium" in capsys.readouterr().out
+    again = run(name, {"eval_only": str(folder), "eval_episodes": 3, "cuda": False})
+    assert again["returns"] == results["returns"]
+
+
+@every_baseline
+def test_resume_continues_bit_for_bit(name, tiny, tmp_path):
+    whole = run(name, tiny(name, run_dir=str(tmp_path / "whole")))
+    run(name, tiny(name, updates=2))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert run(name, {"resume": str(folder), "updates": 4, "cuda": False})["returns"] == whole["returns"]
+
+
+@every_baseline
+def test_script_in_its_own_process(name, tiny, tmp_path):
+    """Started from anywhere, it writes into the folder it was started in alone and logs what update returns."""
+    options = {k: v for k, v in tiny(name, num_seeds=1, updates=2).items() if k not in ("cuda", "run_dir")}
+    words = ["--no-cuda"]
+    for key, value in options.items():
+        words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    script = common.ROOT / "baselines" / f"{name}.py"
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and f"{name.upper()} on" in done.stdout
+    bad = subprocess.run([sys.executable, script, "--dataset", "best"], cwd=tmp_path, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: --dataset best: unknown; choose one of random")
+
+
+@every_baseline
+def test_augmentation_is_off_unless_asked_for(name, tiny, monkeypatch):
+    module, sampled = BASELINES[name], []
+    original = module.sample_batch
+
+    def spy(data, args, num_learners):
+        sampled.append(data.episodes)
+        return original(data, args, num_learners)
+
+    monkeypatch.setattr(module, "sample_batch", spy)
+    run(name, tiny(name, updates=1))
+    assert torch.equal(sampled[0], torch.arange(20))
+    run(name, tiny(name, updates=1, augment=True, quantiles=(0.5,)))
+    assert len(sampled[1]) == 30
+
+
+@every_baseline
+def test_rewards_are_those_of_the_publication(name, tiny, monkeypatch, data_dir):
+    module, seen = BASELINES[name], []
+    original = module.sample_batch
+
+    def spy(data, args, num_learners):
+        seen.append(data.rows[:, :, -data.obs_size - 2])
+        return original(data, args, num_learners)
+
+    monkeypatch.setattr(module, "sample_batch", spy)
+    run(name, tiny(name, updates=1))
+    raw = common.load_dataset(data_dir, "simple_spread", "medium", 18, 2, 3, 25).rows[:, :, -20]
+    if name in ("ma_td3bc", "ma_cql", "omar"):
+        assert torch.equal(seen[0], raw)
+    else:
+        close(seen[0].mean(), 0, 1e-4)
+        close(seen[0].std(), 0.2 if name == "ma_sfbc" else 1, 1e-4)
+
+
+@every_baseline
+@pytest.mark.parametrize("scenario", ALL_SCENARIOS)
+@pytest.mark.parametrize("dataset", common.DATASETS)
+def test_settings_are_valid_and_the_command_line_wins(name, scenario, dataset):
+    module = BASELINES[name]
+    args = module.resolve(module.Args(scenario=scenario, dataset=dataset))
+    open_by_choice = {"thresholds", "prey", "resume", "eval_only"}
+    assert {field.name for field in fields(args) if getattr(args, field.name) is None} == open_by_choice
+    assert not args.augment
+    assert module.resolve(module.Args(scenario=scenario, dataset=dataset, updates=7)).updates == 7
+
+
+@pytest.mark.parametrize(
+    "scenario, dataset, updates, cql_alpha, omar_coe",
+    [
+        ("simple_spread", "random", 6_000, 0.5, 1.0),
+        ("simple_spread", "medium-replay", 2_000, 1.0, 1.0),
+        ("simple_spread", "expert", 2_000, 5.0, 1.0),
+        ("simple_tag", "medium-replay", 1_000, 0.5, 0.9),
+        ("simple_tag", "medium", 2_000, 5.0, 0.7),
+        ("simple_world", "medium-replay", 1_000, 1.0, 0.7),
+        ("simple_world", "medium", 1_000, 0.5, 0.1),
+        ("simple_world", "expert", 1_000, 5.0, 0.9),
+        ("HalfCheetah", "medium-replay", 100_000, 5.0, 0.9),
+        ("HalfCheetah", "expert", 100_000, 5.0, 0.5),
+    ],
+)
+def test_settings_of_omar_are_the_published_ones(scenario, dataset, updates, cql_alpha, omar_coe):
+    args = omar.resolve(omar.Args(scenario=scenario, dataset=dataset))
+    assert (args.updates, args.cql_alpha, args.omar_coe) == (updates, cql_alpha, omar_coe)
+    cql = ma_cql.resolve(ma_cql.Args(scenario=scenario, dataset=dataset))
+    assert all(getattr(cql, field.name) == getattr(args, field.name) for field in fields(cql))
+    assert args.updates == 2 * ma_td3bc.resolve(ma_td3bc.Args(scenario=scenario, dataset=dataset)).updates
+    assert args.batch_size == (256 if scenario == "HalfCheetah" else 1024) and args.max_grad_norm == 0.5
+
+
+def test_help_explains_every_option_of_every_baseline(capsys, monkeypatch):
+    for name, module in BASELINES.items():
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        assert stop.value.code == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        for field in fields(module.Args):
+            assert f"-{field.name.replace('_', '-')} " in text, field.name
+
+
+BAD = [
+    *((name, option, value) for name in BASELINES for option, value in (("updates", 0), ("batch_size", 0))),
+    *((name, "dataset", "best") for name in BASELINES),
+    *((name, "scenario", "simple_speaker") for name in BASELINES),
+    *((name, "shift", "wind") for name in BASELINES),
+    *((name, "quantiles", (1.5,)) for name in BASELINES),
+    ("ma_bc", "lr", 0.0),
+    ("ma_bc", "widths", ()),
+    ("ma_td3bc", "alpha", math.nan),
+    ("ma_td3bc", "policy_delay", 0),
+    ("ma_td3bc", "target_noise", -0.1),
+    ("ma_td3bc", "gamma", 1.0),
+    ("ma_cql", "lr", math.inf),
+    ("ma_cql", "cql_alpha", -1.0),
+    ("ma_cql", "cql_actions", 0),
+    ("ma_cql", "cql_noise", 0.0),
+    ("ma_cql", "rho", 0.0),
+    ("omar", "omar_coe", 1.1),
+    ("omar", "omar_iterations", 0),
+    ("omar", "omar_samples", 0),
+    ("omar", "omar_elites", 1),
+    ("omar", "omar_elites", 11),
+    ("omar", "omar_sigma", 0.0),
+    ("ma_sfbc", "window", 0),
+    ("ma_sfbc", "window", 257),
+    ("ma_sfbc", "alpha", math.inf),
+    ("ma_sfbc", "plan_candidates", 0),
+    ("ma_sfbc", "eval_candidates", 0),
+    ("ma_sfbc", "beta_max", 0.1),
+    ("madiff", "horizon", 1),
+    ("madiff", "width", 3),
+    ("madiff", "num_blocks", 0),
+    ("madiff", "batch_size", 1),
+    ("madiff", "return_dropout", 1.5),
+    ("madiff", "guidance", -1.0),
+    ("madiff", "beta_max", 0.1),
+]
+
+
+@pytest.mark.parametrize("name, option, value", BAD)
+def test_options_without_a_meaning_are_refused(name, option, value, tmp_path):
+    module = BASELINES[name]
+    args = module.Args(**{"scenario": "simple_spread", "run_dir": str(tmp_path / "runs"), option: value})
+    with pytest.raises(UserError) as error:
+        ma_bc.family(args).train(args, module)
+    assert f"--{option.replace('_', '-')}" in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@every_baseline
+def test_runs_of_another_algorithm_are_refused(name, tiny, tmp_path):
+    other = "ma_bc" if name != "ma_bc" else "madiff"
+    run(other, tiny(other, updates=1))
+    (folder,) = (tmp_path / "runs").iterdir()
+    for option in ("resume", "eval_only"):
+        with pytest.raises(UserError, match="checkpoint"):
+            run(name, {option: str(folder), "cuda": False})
