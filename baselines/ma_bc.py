@@ -12,7 +12,7 @@ building blocks of MA-TD3+BC, MA-CQL and OMAR. Shapes as in dom2_mpe.py: L learn
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -29,15 +29,35 @@ import dom2_mpe
 from dom2_mpe import StackedLinear
 from particle_env import SCENARIOS
 
+ROBOTS = ("HalfCheetah",)  # of dom2_mujoco.py, for which there are published settings
+
 
 @dataclass
-class Args(dom2_mpe.RunArgs):
-    """Options of behaviour cloning."""
+class RunArgs(dom2_mpe.RunArgs):
+    """Options of a run of any baseline, on particles or robots."""
 
+    scenario: str = "simple_tag"
+    """simple_spread (cooperative navigation), simple_tag (predator-prey), simple_world or HalfCheetah"""
+    agent_conf: str | None = None
+    """partition of a robot's joints among agents, such as 6x1; default: 2x3"""
+    agent_obsk: int = 0
+    """an agent of a robot sees its own joints, and the angles of those at most so many joints away"""
     augment: bool = False
     """replicate high-return trajectories (DOM2's Algorithm 1), or learn from the data set as it is"""
     batch_size: int | None = None
     """transitions per learner and update"""
+    shift: str | None = None
+    """shifted environment of the final evaluation: speed, or random or extreme (robots), or none; default: all"""
+    eval_interval: int | None = None
+    """updates between evaluations in the standard environment"""
+    eval_episodes: int | None = None
+    """episodes per seed of every evaluation"""
+
+
+@dataclass
+class Args(RunArgs):
+    """Options of behaviour cloning."""
+
     lr: float | None = None
     """Adam's learning rate"""
     widths: tuple[int, ...] | None = None
@@ -46,8 +66,8 @@ class Args(dom2_mpe.RunArgs):
 
 # No settings of behaviour cloning are published for these data; networks and batches are those of OMAR.
 SETTINGS = {
-    "particle": {"updates": 4_000, "batch_size": 1024, "lr": 1e-3, "widths": (64, 64)},
-    "HalfCheetah": {"updates": 100_000, "batch_size": 256, "lr": 3e-4, "widths": (256, 256)},
+    "particles": {"updates": 4_000, "batch_size": 1024, "lr": 1e-3, "widths": (64, 64)},
+    "robots": {"updates": 100_000, "batch_size": 256, "lr": 3e-4, "widths": (256, 256)},
 }
 
 
@@ -55,8 +75,7 @@ def family(args):
     """The script whose environments, data and runs the scenario belongs to."""
     run = args.resume or args.eval_only
     scenario = dom2_mpe.load_checkpoint(run, type(args))[0].scenario if run else args.scenario
-    common.check_choice("--scenario", scenario, (*SCENARIOS, "HalfCheetah"))
-    if scenario in SCENARIOS:
+    if scenario not in ROBOTS:
         return dom2_mpe
     import dom2_mujoco  # needs MuJoCo, which the particle scenarios do without
 
@@ -67,21 +86,27 @@ def resolve_by(args, settings: dict, by_data: dict, rules=()):
     """Fill the options left open and check all of them.
 
     Args:
-        settings: option -> value for each family, "particle" and "HalfCheetah".
+        settings: option -> value, for "particles" and for "robots".
         by_data: option -> its values for each of common.DATASETS, for each scenario.
         rules: of the algorithm's own options, as in common.RULES.
 
     Raises:
         UserError: an option has no meaning.
     """
-    common.check_choice("--scenario", args.scenario, (*SCENARIOS, "HalfCheetah"))
+    common.check_choice("--scenario", args.scenario, (*SCENARIOS, *ROBOTS))
     common.check_choice("--dataset", args.dataset, common.DATASETS)
-    defaults = dict(settings["particle" if args.scenario in SCENARIOS else args.scenario])
+    if args.scenario in ROBOTS:
+        defaults = {"shift": ("random", "extreme"), "eval_interval": 10_000, "eval_episodes": 32, **settings["robots"]}
+        if isinstance(args.shift, str):
+            common.check_choice("--shift", args.shift, (*defaults["shift"], "none"))
+            args = replace(args, shift=(args.shift,))
+    else:
+        defaults = {"shift": "speed", "eval_interval": 1_000, "eval_episodes": 1_000, **settings["particles"]}
+        if args.shift is not None:
+            common.check_choice("--shift", args.shift, ("speed", "none"))
     column = common.DATASETS.index(args.dataset)
     defaults |= {name: values[column] for name, values in by_data.get(args.scenario, {}).items()}
     args = common.fill(args, defaults.keys(), defaults.values())
-    if args.scenario in SCENARIOS:
-        common.check_choice("--shift", args.shift, ("speed", "none"))
     common.check_options(args)
     common.check_options(args, rules)
     return args

@@ -33,19 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 import common
 import dom2_mpe
 from baselines import ma_td3bc
-from baselines.ma_bc import family, resolve_by
+from baselines.ma_bc import RunArgs, family, resolve_by
 from baselines.ma_td3bc import standardised, step
 from dom2_mpe import TwinCritic, soft_update
 
 
 @dataclass
-class Args(dom2_mpe.RunArgs):
+class Args(RunArgs):
     """Options of MA-CQL."""
 
-    augment: bool = False
-    """replicate high-return trajectories (DOM2's Algorithm 1), or learn from the data set as it is"""
-    batch_size: int | None = None
-    """transitions per learner and update"""
     raw_rewards: bool = True
     """keep the rewards as they are, those for which cql_alpha was published"""
     lr: float | None = None
@@ -73,11 +69,11 @@ class Args(dom2_mpe.RunArgs):
 
 
 SETTINGS = {
-    "particle": {
+    "particles": {
         **{"batch_size": 1024, "lr": 0.01, "widths": (64, 64), "gamma": 0.95, "rho": 0.01},
         "cql_policy_actions": 0,
     },
-    "HalfCheetah": {
+    "robots": {
         **{"batch_size": 256, "lr": 3e-4, "widths": (256, 256), "gamma": 0.99, "rho": 0.005},
         "cql_policy_actions": 10,
     },

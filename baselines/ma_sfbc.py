@@ -37,21 +37,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 import common
-import dom2_mpe
-from baselines.ma_bc import MLP, adam, family, resolve_by
+from baselines.ma_bc import MLP, RunArgs, adam, family, resolve_by
 from dom2_mpe import DiffusionPolicy, NoiseSchedule, ResidualNoiseNet, diffusion_loss, soft_update
 
 
 @dataclass
-class Args(dom2_mpe.RunArgs):
+class Args(RunArgs):
     """Options of MA-SfBC."""
 
-    augment: bool = False
-    """replicate high-return trajectories (DOM2's Algorithm 1), or learn from the data set as it is"""
     reward_scale: float = 0.2
     """factor on the standardised rewards; gives returns a spread of about 1, to which alpha refers"""
-    eval_interval: int = 3000
-    """updates between evaluations in the standard environment"""
     actor_lr: float = 5e-4
     """Adam's learning rate of the behaviour policies"""
     critic_lr: float = 1e-3
@@ -84,7 +79,10 @@ class Args(dom2_mpe.RunArgs):
     """the noise network's hidden layers compute in bfloat16"""
 
 
-SETTINGS = {"particle": {"updates": 6_000, "gamma": 0.95}, "HalfCheetah": {"updates": 50_000, "gamma": 0.99}}
+SETTINGS = {
+    "particles": {"updates": 6_000, "gamma": 0.95, "batch_size": 256, "eval_interval": 3_000},
+    "robots": {"updates": 50_000, "gamma": 0.99, "batch_size": 256, "eval_interval": 25_000},
+}
 RULES = (
     (("window", "plan_candidates"), "at least 1", lambda x: x >= 1),
     (("alpha", "eval_alpha"), "finite and not negative", lambda x: 0 <= x < math.inf),

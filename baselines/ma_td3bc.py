@@ -27,18 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 import common
 import dom2_mpe
 from baselines import ma_bc
-from baselines.ma_bc import ObservationNorm, Policy, adam, bc_loss, family, resolve_by
+from baselines.ma_bc import ObservationNorm, Policy, RunArgs, adam, bc_loss, family, resolve_by
 from dom2_mpe import TwinCritic, clip_gradients, soft_update
 
 
 @dataclass
-class Args(dom2_mpe.RunArgs):
+class Args(RunArgs):
     """Options of MA-TD3+BC."""
 
-    augment: bool = False
-    """replicate high-return trajectories (DOM2's Algorithm 1), or learn from the data set as it is"""
-    batch_size: int | None = None
-    """transitions per learner and update"""
     raw_rewards: bool = True
     """keep the rewards as they are; lambda divides by the scale of Q, so that alpha means the same for any of them"""
     alpha: float = 2.5
@@ -64,8 +60,8 @@ class Args(dom2_mpe.RunArgs):
 # alpha, noise, delay: TD3+BC's. Networks, rates and batches: OMAR's, whose authors ran it with them; its updates
 # are OMAR's too, here divided by the delay.
 SETTINGS = {
-    "particle": {"batch_size": 1024, "lr": 0.01, "widths": (64, 64), "gamma": 0.95, "rho": 0.01},
-    "HalfCheetah": {"batch_size": 256, "lr": 3e-4, "widths": (256, 256), "gamma": 0.99, "rho": 0.005},
+    "particles": {"batch_size": 1024, "lr": 0.01, "widths": (64, 64), "gamma": 0.95, "rho": 0.01},
+    "robots": {"batch_size": 256, "lr": 3e-4, "widths": (256, 256), "gamma": 0.99, "rho": 0.005},
 }
 BY_DATA = {  # in the order of common.DATASETS
     "simple_spread": {"updates": (3_000, 1_000, 1_000, 1_000, 1_000, 1_000)},

@@ -37,22 +37,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 import common
-import dom2_mpe
-from baselines.ma_bc import ObservationNorm, Policy, adam, family, resolve_by
+from baselines.ma_bc import ObservationNorm, Policy, RunArgs, adam, family, resolve_by
 from dom2_mpe import NoiseSchedule, StackedLinear, TimeFeatures, dpm_solver
 from particle_env import SCENARIOS
 
 
 @dataclass
-class Args(dom2_mpe.RunArgs):
+class Args(RunArgs):
     """Options of MADiff-D."""
 
-    augment: bool = False
-    """replicate high-return trajectories (DOM2's Algorithm 1), or learn from the data set as it is"""
-    batch_size: int = 32
+    batch_size: int | None = None
     """windows per seed and update"""
-    eval_interval: int = 10_000
-    """updates between evaluations in the standard environment"""
     lr: float = 1e-3
     """Adam's learning rate"""
     horizon: int = 8
@@ -79,7 +74,10 @@ class Args(dom2_mpe.RunArgs):
     """the denoiser's blocks compute in bfloat16"""
 
 
-SETTINGS = {"particle": {"updates": 20_000}, "HalfCheetah": {"updates": 100_000}}
+SETTINGS = {
+    "particles": {"updates": 20_000, "batch_size": 32, "eval_interval": 10_000},
+    "robots": {"updates": 100_000, "batch_size": 32, "eval_interval": 50_000},
+}
 RULES = (
     (("horizon",), "at least 2", lambda x: x >= 2),
     (("width",), "at least 4", lambda x: x >= 4),
@@ -152,6 +150,8 @@ class Denoiser(nn.Module):
             t: [L, B] or a float.
         """
         L, B, H, _ = x.shape
+        if not isinstance(t, Tensor):
+            t = torch.full((1, 1), t, device=x.device)
         returns = self.return_in(torch.stack([rank * guided, guided], -1))
         condition = F.silu(self.time_in(self.time(t)) + returns).to(dtype=self.precision)  # [L, B, C]
         h = self.x_in(torch.cat([x, known], -1).flatten(1, 2)).view(L, B, H, -1).to(dtype=self.precision)
@@ -220,7 +220,10 @@ def plan(denoiser, schedule, first: Tensor, ego: Tensor, noise: Tensor, target: 
 
 
 def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
-    num_agents = SCENARIOS[args.scenario].num_controlled if args.scenario in SCENARIOS else 2
+    if args.scenario in SCENARIOS:
+        num_agents = SCENARIOS[args.scenario].num_controlled
+    else:
+        num_agents = int((args.agent_conf or "2x3").split("x")[0])
     precision = torch.bfloat16 if args.bf16 else None
     learners = {
         "norm": ObservationNorm(num_learners, obs_size),

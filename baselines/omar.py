@@ -46,8 +46,8 @@ class Args(ma_cql.Args):
 
 
 SETTINGS = {
-    "particle": ma_cql.SETTINGS["particle"] | {"omar_iterations": 3, "omar_samples": 10, "omar_elites": 0},
-    "HalfCheetah": ma_cql.SETTINGS["HalfCheetah"] | {"omar_iterations": 2, "omar_samples": 20, "omar_elites": 5},
+    "particles": ma_cql.SETTINGS["particles"] | {"omar_iterations": 3, "omar_samples": 10, "omar_elites": 0},
+    "robots": ma_cql.SETTINGS["robots"] | {"omar_iterations": 2, "omar_samples": 20, "omar_elites": 5},
 }
 # In the order of common.DATASETS; as in ma_cql.py random-medium and medium-expert are their neighbours'.
 OMAR_COE = {
