@@ -37,7 +37,7 @@ class RunArgs(dom2_mpe.RunArgs):
     """Options of a run of any baseline, on particles or robots."""
 
     scenario: str = "simple_tag"
-    """simple_spread (cooperative navigation), simple_tag (predator-prey), simple_world or HalfCheetah"""
+    """simple_spread (cooperative navigation), simple_tag (predator-prey), simple_world, landmarks6 or HalfCheetah"""
     agent_conf: str | None = None
     """partition of a robot's joints among agents, such as 6x1; default: 2x3"""
     agent_obsk: int = 0
@@ -47,7 +47,8 @@ class RunArgs(dom2_mpe.RunArgs):
     batch_size: int | None = None
     """transitions per learner and update"""
     shift: str | None = None
-    """shifted environment of the final evaluation: speed, or random or extreme (robots), or none; default: all"""
+    """shifted environment of the final evaluation: speed, dismiss (landmarks6), random or extreme (robots) or none;
+    default: all that the scenario has"""
     eval_interval: int | None = None
     """updates between evaluations in the standard environment"""
     eval_episodes: int | None = None
@@ -95,15 +96,14 @@ def resolve_by(args, settings: dict, by_data: dict, rules=()):
     """
     common.check_choice("--scenario", args.scenario, (*SCENARIOS, *ROBOTS))
     common.check_choice("--dataset", args.dataset, common.DATASETS)
-    if args.scenario in ROBOTS:
+    if args.scenario in SCENARIOS:
+        args = dom2_mpe.resolve_run(args)
+        defaults = {"eval_interval": 1_000, "eval_episodes": 1_000, **settings["particles"]}
+    else:
         defaults = {"shift": ("random", "extreme"), "eval_interval": 10_000, "eval_episodes": 32, **settings["robots"]}
         if isinstance(args.shift, str):
             common.check_choice("--shift", args.shift, (*defaults["shift"], "none"))
             args = replace(args, shift=(args.shift,))
-    else:
-        defaults = {"shift": "speed", "eval_interval": 1_000, "eval_episodes": 1_000, **settings["particles"]}
-        if args.shift is not None:
-            common.check_choice("--shift", args.shift, ("speed", "none"))
     column = common.DATASETS.index(args.dataset)
     defaults |= {name: values[column] for name, values in by_data.get(args.scenario, {}).items()}
     args = common.fill(args, defaults.keys(), defaults.values())

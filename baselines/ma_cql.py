@@ -89,6 +89,7 @@ BY_DATA = {
     "simple_world": {"updates": (1_000,) * 6, "cql_alpha": (0.5, 1.0, 1.0, 0.5, 5.0, 5.0)},
     "HalfCheetah": {"updates": (100_000,) * 6, "cql_alpha": (1.0, 5.0, 5.0, 1.0, 5.0, 5.0)},
 }
+BY_DATA["landmarks6"] = BY_DATA["simple_spread"]
 RULES = (
     (("cql_noise",), "in (0, 1]", lambda x: 0 < x <= 1),
     (("cql_actions",), "at least 1", lambda x: x >= 1),

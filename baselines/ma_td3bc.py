@@ -69,6 +69,7 @@ BY_DATA = {  # in the order of common.DATASETS
     "simple_world": {"updates": (500,) * 6},
     "HalfCheetah": {"updates": (50_000,) * 6},
 }
+BY_DATA["landmarks6"] = BY_DATA["simple_spread"]
 RULES = (
     (("policy_delay",), "at least 1", lambda x: x >= 1),
     (("alpha", "target_noise", "target_noise_clip"), "finite and not negative", lambda x: 0 <= x < math.inf),

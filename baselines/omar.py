@@ -56,6 +56,7 @@ OMAR_COE = {
     "simple_world": (1.0, 0.7, 0.7, 0.1, 0.9, 0.9),
     "HalfCheetah": (1.0, 0.9, 0.9, 0.7, 0.5, 0.5),
 }
+OMAR_COE["landmarks6"] = OMAR_COE["simple_spread"]
 BY_DATA = {name: columns | {"omar_coe": OMAR_COE[name]} for name, columns in ma_cql.BY_DATA.items()}
 RULES = (
     *ma_cql.RULES,
