@@ -11,6 +11,7 @@ building blocks of MA-TD3+BC, MA-CQL and OMAR. Shapes as in dom2_mpe.py: L learn
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -73,9 +74,13 @@ SETTINGS = {
 
 
 def family(args):
-    """The script whose environments, data and runs the scenario belongs to."""
-    run = args.resume or args.eval_only
-    scenario = dom2_mpe.load_checkpoint(run, type(args))[0].scenario if run else args.scenario
+    """The script whose environments, data and runs the scenario belongs to, or that of the run to go on with."""
+    scenario = args.scenario
+    if args.resume or args.eval_only:
+        try:
+            scenario = json.loads((Path(args.resume or args.eval_only) / "config.json").read_text())["scenario"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # `train` will say what is wrong with the folder
     if scenario not in ROBOTS:
         return dom2_mpe
     import dom2_mujoco  # needs MuJoCo, which the particle scenarios do without

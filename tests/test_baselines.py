@@ -6,12 +6,14 @@ import math
 import subprocess
 import sys
 from dataclasses import fields, replace
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import common
+import dom2_mpe
 from baselines import ma_bc, ma_cql, ma_sfbc, ma_td3bc, madiff, omar
 from common import UserError
 from dom2_mpe import Data, NoiseSchedule, TwinCritic
@@ -856,6 +858,24 @@ def test_options_without_a_meaning_are_refused(name, option, value, tmp_path):
         ma_bc.family(args).train(args, module)
     assert f"--{option.replace('_', '-')}" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", ["resume", "eval_only"])
+def test_a_run_belongs_to_the_family_of_its_own_scenario(option, tmp_path, monkeypatch):
+    robots = ModuleType("dom2_mujoco")
+    monkeypatch.setitem(sys.modules, "dom2_mujoco", robots)
+    args = omar.Args(scenario="simple_tag", **{option: str(tmp_path)})
+    for contents, family in (
+        ('{"scenario": "HalfCheetah"}', robots),
+        ('{"scenario": "simple_tag"}', dom2_mpe),
+        ("{", dom2_mpe),
+    ):
+        (tmp_path / "config.json").write_text(contents)
+        assert ma_bc.family(args) is family
+    assert ma_bc.family(omar.Args(scenario="HalfCheetah")) is robots
+    for module in BASELINES.values():  # and where the folder is none of a run
+        with pytest.raises(UserError, match="checkpoint"):
+            ma_bc.family(args).train(module.Args(**{option: str(tmp_path)}), module)
 
 
 @every_baseline
