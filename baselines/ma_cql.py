@@ -12,9 +12,9 @@ its target noise:
 
 Settings are those published with OMAR. Its networks begin with batch normalisation, each call by its own batch. For
 observations that comes to standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a
-scale common to all actions of a call leaves Q as it is, so policies gain nothing from running to the corners of the
-action box, where Q is least known. They do run there without it (`--no-batch-norm`): on simple_spread expert within 500
-updates. One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
+scale common to all actions of a call leaves Q as it is. Policies gain nothing from running to the border of the action
+box, where Q is least known, but nothing teaches them offset and scale either; `--no-batch-norm` turns it off.
+One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ import common
 import dom2_mpe
 from baselines import ma_td3bc
 from baselines.ma_bc import RunArgs, family, resolve_by
-from baselines.ma_td3bc import standardised, step
-from dom2_mpe import TwinCritic, soft_update
+from baselines.ma_td3bc import Critic, standardised, step
+from dom2_mpe import soft_update
 
 
 @dataclass
@@ -107,7 +107,7 @@ def algorithm_name(args: Args) -> str:
     return "ma_cql"
 
 
-class BatchNormCritic(TwinCritic):
+class BatchNormCritic(Critic):
     """Twin critics of actions that are standardised over the minibatch: [L, B, d], [L, B, K, A] -> [L, 2, B, K]."""
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def policy_loss(policy, critic, batch: Batch, args):
 
 
 def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device):
-    critic = BatchNormCritic if args.batch_norm else TwinCritic
+    critic = BatchNormCritic if args.batch_norm else Critic
     return ma_td3bc.make_learners(args, num_learners, obs_size, action_size, device, critic)
 
 

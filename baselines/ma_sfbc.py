@@ -45,8 +45,8 @@ from dom2_mpe import DiffusionPolicy, NoiseSchedule, ResidualNoiseNet, diffusion
 class Args(RunArgs):
     """Options of MA-SfBC."""
 
-    reward_scale: float = 0.2
-    """factor on the standardised rewards; gives returns a spread of about 1, to which alpha refers"""
+    reward_scale: float | None = None
+    """factor on the standardised rewards; by default one that gives returns a spread of about 1, as alpha expects"""
     actor_lr: float = 5e-4
     """Adam's learning rate of the behaviour policies"""
     critic_lr: float = 1e-3
@@ -80,8 +80,8 @@ class Args(RunArgs):
 
 
 SETTINGS = {
-    "particles": {"updates": 6_000, "gamma": 0.95, "batch_size": 256, "eval_interval": 3_000},
-    "robots": {"updates": 50_000, "gamma": 0.99, "batch_size": 256, "eval_interval": 25_000},
+    "particles": {"updates": 6_000, "gamma": 0.95, "reward_scale": 0.2, "batch_size": 256, "eval_interval": 3_000},
+    "robots": {"updates": 50_000, "gamma": 0.99, "reward_scale": 0.05, "batch_size": 256, "eval_interval": 25_000},
 }
 RULES = (
     (("window", "plan_candidates"), "at least 1", lambda x: x >= 1),

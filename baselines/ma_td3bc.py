@@ -85,6 +85,22 @@ def algorithm_name(args: Args) -> str:
     return "ma_td3bc"
 
 
+class Critic(TwinCritic):
+    """Twin critics that start as if their first layer were one layer of observation and action together.
+
+    The two layers that TwinCritic has in its place start with larger weights for the few entries of the action. At the
+    high learning rates published with OMAR policies then saturate before the critics know anything.
+    """
+
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths):
+        super().__init__(num_learners, obs_size, action_size, widths)
+        bound = (obs_size + action_size) ** -0.5
+        with torch.no_grad():
+            for parameter in (self.obs_in.weight, self.obs_in.bias, self.action_in.weight):
+                parameter.uniform_(-bound, bound)
+            self.action_in.bias.zero_()
+
+
 class Batch(NamedTuple):
     """A minibatch per learner, and every random number that a critic's step needs."""
 
@@ -122,7 +138,7 @@ def policy_loss(policy, critic, batch: Batch, alpha: float):
     return -alpha * q.mean(1) / q.detach().abs().mean(1) + bc, metrics
 
 
-def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device, critic=TwinCritic):
+def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device, critic=Critic):
     """Policies, critics of the class `critic`, and their target copies: an nn.ModuleDict."""
     sizes = num_learners, obs_size, action_size, args.widths
     learners = nn.ModuleDict({"norm": ObservationNorm(num_learners, obs_size)})
