@@ -110,8 +110,8 @@ def test_critics_start_as_if_their_first_layer_were_one_of_observation_and_actio
     torch.manual_seed(0)
     critic, layer = ma_td3bc.Critic(200, D, A, (50, 9)), torch.nn.Linear(D + A, 50 * 200)
     for part in (critic.obs_in.weight, critic.action_in.weight, critic.obs_in.bias):
-        assert part.abs().max() == pytest.approx(layer.weight.abs().max().item(), rel=0.01)
-        assert part.std() == pytest.approx(layer.weight.std().item(), rel=0.02)
+        assert part.abs().max().item() == pytest.approx(layer.weight.abs().max().item(), rel=0.01)
+        assert part.std().item() == pytest.approx(layer.weight.std().item(), rel=0.02)
     assert (critic.action_in.bias == 0).all()
 
 
@@ -185,7 +185,7 @@ def test_cql_critic_loss(policy_actions):
                     )
             for twin in (0, 1):
                 q = q_of(critic, obs, batch.action[i, b], i, twin)
-                total = sum(math.exp(q_of(critic, obs, a, i, twin) - density) for a, density in sampled)
+                total = sum(math.exp((q_of(critic, obs, a, i, twin) - density).item()) for a, density in sampled)
                 td += (target - q).item() ** 2 / B
                 conservative += (math.log(total) - q.item()) / B
         close(loss[i].item(), td + 1.5 * conservative, 1e-7)
