@@ -212,9 +212,7 @@ class Args:
 
 
 def main() -> None:
-    import tyro
-
-    args = tyro.cli(Args, description=__doc__)
+    args = common.parse(Args, __doc__)
     names = [measure.__name__ for measure in MEASURES]
     for name in args.only:
         common.check_choice("--only", name, names)

@@ -440,9 +440,7 @@ def collect(
 
 
 def main() -> None:
-    import tyro
-
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    args = common.parse(Args, __doc__)
     for scenario in args.scenario:
         common.check_choice("--scenario", scenario, RECIPES)
     for dataset in args.dataset:
@@ -453,9 +451,9 @@ def main() -> None:
             if path.exists() and not args.overwrite:
                 raise UserError(f"{path}: exists; pass --overwrite to replace it, or another --pretrained-dir")
             behaviour = train_behaviour(scenario, args.seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(behaviour, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+            with common.disk_errors(path, "free some space or choose another --pretrained-dir"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                common.save_torch(path, behaviour)
     made = []
     for scenario in args.scenario:
         for dataset in args.dataset:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import ctypes
 import hashlib
+import io
 import json
 import math
+import os
 import signal
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+import zipfile
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,6 +65,58 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def parse(args_class, description: str):
+    """Options of the command line as an `args_class`; a UserError for words that are none, where tyro draws a box."""
+    import tyro  # only programs need it
+
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(args_class, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    message = []
+    for line in box.getvalue().splitlines()[1:]:
+        line = line.strip("│ ")
+        if not line.strip("─"):  # details and a hint at --help follow
+            break
+        message.append(line)
+    raise UserError(f"{' '.join(message)}; --help lists the options")
+
+
+@contextmanager
+def disk_errors(path: str | Path, remedy: str):
+    """Within the context an OSError, of a full disk for one, becomes a UserError that names `path` and the remedy.
+
+    Threads (TensorBoard writes in one) keep quiet about theirs: whoever waits for them raises it again.
+    """
+    hook = threading.excepthook
+    threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else hook(failed)
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; {remedy}") from None
+    finally:
+        threading.excepthook = hook
+
+
+def write_file(path: Path, contents, previous: Path | None = None) -> None:
+    """Write bytes beside `path` and rename: it holds its old contents or the new ones, whenever the program is killed.
+
+    Args:
+        previous: where the old contents go; they are deleted without it.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(contents)
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -119,6 +174,16 @@ def fill(args, names, values):
     return replace(args, **{name: value for name, value in defaults if getattr(args, name) is None})
 
 
+def finite_state(learners, optimizers: dict, num_learners: int) -> Tensor:
+    """Whether all parameters and optimiser moments of each learner are finite, [L].
+
+    Those of an update show in the losses of the next one; this is for what is saved in between.
+    """
+    moments = (x for optimizer in optimizers.values() for state in optimizer.state.values() for x in state.values())
+    tensors = (x.detach() for x in (*learners.parameters(), *moments) if x.dim())
+    return torch.stack([x.reshape(num_learners, -1).isfinite().all(1) for x in tensors]).all(0)
+
+
 def normalised_score(scenario: str, episode_return: float) -> float:
     """100 (return - random) / (expert - random), the field's normalisation (Fu et al. 2020; OMAR's constants)."""
     expert, random = NORMALISATION[scenario]
@@ -139,11 +204,22 @@ def paper_result(scenario: str, dataset: str, shift: str, algorithm: str = "DOM2
 # Frozen policies: the prey of predator-prey and World, and the behaviour policies that made the data
 
 
+def save_torch(path: Path, contents, previous: Path | None = None) -> None:
+    """torch.save by `write_file`: its own way of writing ends the process where the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    write_file(path, buffer.getbuffer(), previous)
+
+
 def load_torch(path: Path):
-    """torch.load without running code from the file; a UserError if it is missing or not such a file."""
+    """torch.load without running code from the file; a UserError if it is missing, damaged or not such a file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        if zipfile.is_zipfile(path):  # torch.load compares no checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
         with warnings.catch_warnings(action="ignore"):  # of files that are none of ours: the error says enough
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

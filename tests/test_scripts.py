@@ -456,10 +456,11 @@ def test_losses_that_are_not_finite_end_the_run(small, monkeypatch):
         return {"losses/td": torch.zeros(6), "losses/q": bad}
 
     monkeypatch.setattr(dom2_mpe, "update", update)
-    with pytest.raises(UserError, match=r"update 6: losses/q of seed 8, agent 1 is not finite"):
+    with pytest.raises(UserError, match=r"update 1: losses/q of seed 8, agent 1 is not finite"):
         train(Args(**small | dict(eval_interval=6, seed=7)))
     run = the_run(small["run_dir"])
-    assert not (run / "results.json").exists() and not (run / "checkpoint.pt").exists()
+    assert not (run / "results.json").exists() and not (run / "checkpoint-previous.pt").exists()
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["updates"] == 0
 
 
 def test_a_broken_state_does_not_replace_the_last_checkpoint(small, monkeypatch):
