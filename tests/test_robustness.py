@@ -1,0 +1,488 @@
+"""Whatever happens to the process, the disk or the data: nothing is lost, and no number comes from damaged input."""
+
+import ast
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import collect_datasets
+import common
+import dom2_mpe
+from common import UserError
+from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
+
+ROOT = Path(common.__file__).parent
+# Scripts that train, with options that make them tiny
+SCRIPTS = {
+    "dom2_mpe": dict(scenario="simple_spread", widths=(8, 8), critic_widths=(8,), diffusion_steps=2),
+}
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+SMALL = dict(dataset="random", updates=6, batch_size=8, eval_interval=2, eval_episodes=2, cuda=False)
+
+
+def flags(**options):
+    """Options as on a command line."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def files(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+# ---- programs to kill: forked from one process that has imported everything, as starting Python takes seconds ----
+
+NURSERY = """
+import importlib, json, os, resource, sys, traceback
+from functools import partial
+
+import torch, torch.utils.tensorboard, tyro
+import collect_datasets, common, dom2_mpe
+
+torch.set_num_threads(1)
+parameter = torch.nn.Parameter(torch.zeros(1))
+parameter.sum().backward()
+torch.optim.Adam([parameter]).step()  # imports much the first time
+
+def program(module, words, folder, output, largest_file, pretrained):
+    os.chdir(folder)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY), descriptor)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    collect = collect_datasets.collect
+    if module != 'collect_datasets':
+        collect_datasets.collect = partial(collect, num_transitions=500, pretrained_dir=pretrained)
+    sys.argv, code = [module + ".py", *words], 0
+    try:
+        common.run(importlib.import_module(module).main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+for line in sys.stdin:
+    request = json.loads(line)
+    if isinstance(request, int):
+        _, status, used = os.wait4(request, 0)
+        answer = [os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]
+    else:
+        answer = os.fork() or program(*request)
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Program:
+    """A script that runs in its own process; `wait` gives its exit code and what it printed, `seconds` then its CPU time."""
+
+    def __init__(self, ask, module, words, folder, largest_file, pretrained):
+        folder.mkdir(exist_ok=True)
+        pipe = folder / "output"
+        os.mkfifo(pipe)
+        self.ask, self.output = ask, os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        self.pid = ask([module, words, str(folder), "output", largest_file, str(pretrained)])
+        self.pipe = pipe
+
+    def kill(self, seconds):
+        """Kill it when it has computed for that long, if it still runs then; it is there until it is waited for."""
+        while Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            if int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) > 1e9 * seconds:
+                return os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.001)
+
+    def wait(self):
+        code, self.seconds = self.ask(self.pid)
+        printed = b""
+        while chunk := os.read(self.output, 1 << 16):
+            printed += chunk
+        os.close(self.output)
+        self.pipe.unlink()
+        return code, printed.decode()
+
+
+@pytest.fixture(scope="module")
+def start(pretrained):
+    """start(module, words, folder): begin a Program in that folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", NURSERY]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as nursery:
+
+        def ask(request):
+            print(json.dumps(request), file=nursery.stdin, flush=True)
+            return json.loads(nursery.stdout.readline())
+
+        def start(module, words, folder, largest_file=None):
+            return Program(ask, module, words, folder, largest_file, pretrained)
+
+        yield start
+        nursery.stdin.close()
+
+
+def finish(program):
+    code, printed = program.wait()
+    assert code == 0, printed
+    return printed
+
+
+def the_run(folder):
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def assert_same(a, b):
+    """Equal tensors, numbers and names in dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def logged(run):
+    """{tag: {step: value}} in all TensorBoard files of a run, of which the last may end in the middle of a record."""
+    scalars = {}
+    for file in run.glob("events.*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+    return scalars
+
+
+def assert_same_run(run, other):
+    """The same parameters, optimisers, generators, results and logs, bit for bit."""
+    a, b = (common.load_torch(x / "checkpoint.pt") for x in (run, other))
+    assert_same({k: v for k, v in a.items() if k != "args"}, {k: v for k, v in b.items() if k != "args"})
+    a, b = (json.loads((x / "results.json").read_text()) for x in (run, other))
+    for name in ("returns", "data", "updates", "dataset"):
+        assert a[name] == b[name]
+    assert logged(run) == logged(other)
+
+
+@every_script
+def test_runs_killed_at_any_moment_go_on_bit_for_bit(script, start, tmp_path, data_dir):
+    words = flags(**SCRIPTS[script], **SMALL, data_dir=str(data_dir))
+    whole = start(script, words, tmp_path / "whole")
+    finish(whole)
+    moments, kills, chains = random.Random(0), 0, 0
+    while kills < 20:
+        folder, chains = tmp_path / str(chains), chains + 1
+        command, code = words, None
+        while code != 0:
+            program = start(script, command, folder)
+            if kills < 20:
+                program.kill(moments.uniform(0, whole.seconds))
+            code, printed = program.wait()
+            assert code in (0, -signal.SIGKILL), printed
+            kills += code != 0
+            checkpoints = sorted(folder.glob("runs/*/*.pt"))
+            for checkpoint in checkpoints:  # none is half
+                common.load_torch(checkpoint)
+            for text in folder.glob("runs/*/*.json"):
+                json.loads(text.read_text())
+            if checkpoints:
+                command = flags(resume=str(checkpoints[0].parent), data_dir=str(data_dir))
+            else:  # killed before it began to train: it is started again
+                assert not list(folder.glob("runs/*/events.*"))
+                shutil.rmtree(folder / "runs", ignore_errors=True)
+        assert_same_run(the_run(folder), the_run(tmp_path / "whole"))
+    assert chains > 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_collections_killed_at_any_moment_leave_whole_data_sets(overwrite, start, tmp_path, pretrained):
+    words = flags(scenario="simple_tag", dataset=("random", "medium-expert"), num_transitions=10_000, data_dir="data")
+    words += flags(pretrained_dir=str(pretrained))
+    undisturbed = start("collect_datasets", words, tmp_path / "whole")
+    finish(undisturbed)
+    whole = files(tmp_path / "whole" / "data")
+    if overwrite:
+        finish(start("collect_datasets", [*words, "--seed", "1"], tmp_path / "killed"))
+        words += ["--overwrite"]
+    possible = [whole, files(tmp_path / "killed" / "data")] if overwrite else [whole]
+    moments, kills, code = random.Random(0), 0, None
+    while kills < 10 or code != 0:
+        if code == 0 and not overwrite:  # all made: once more from nothing
+            shutil.rmtree(tmp_path / "killed")
+        program = start("collect_datasets", words, tmp_path / "killed")
+        if kills < 10:
+            program.kill(moments.uniform(0, undisturbed.seconds))
+        code, printed = program.wait()
+        assert code in (0, -signal.SIGKILL), printed
+        kills += code != 0
+        for folder in (tmp_path / "killed" / "data").glob("simple_tag/[!.]*"):  # what has a data set's name is one
+            names = [name for name in whole if folder.name in name.parts]
+            made = {Path("simple_tag") / folder.name / name: contents for name, contents in files(folder).items()}
+            assert made in [{name: contents[name] for name in names} for contents in possible]
+    made = files(tmp_path / "killed" / "data")
+    assert {name: contents for name, contents in made.items() if not name.parts[1].startswith(".")} == whole
+
+
+@every_script
+def test_two_runs_at_once_that_want_the_same_missing_data_set(script, start, tmp_path):
+    words = flags(**SCRIPTS[script], **SMALL)
+    finish(start(script, words, tmp_path / "alone"))
+    for i in range(3):
+        together = tmp_path / str(i)
+        programs = []
+        for name in ("a", "b"):  # two folders, as each keeps its output in its own
+            (together / name).mkdir(parents=True)
+            places = ["--data-dir", str(together / "data"), "--run-dir", str(together / "runs")]
+            programs.append(start(script, words + places, together / name))
+        for program in programs:
+            finish(program)
+        assert files(together / "data") == files(tmp_path / "alone" / "datasets")
+        runs = list((together / "runs").iterdir())
+        assert len(runs) == 2
+        for run in runs:
+            assert_same_run(run, the_run(tmp_path / "alone"))
+
+
+# ---- full disks: files cannot grow beyond a limit ----
+
+
+def assert_full(program, *naming):
+    code, printed = program.wait()
+    *_, last = printed.splitlines()
+    assert code == 2 and last.startswith("error: ") and "Traceback" not in printed, printed
+    for name in naming:
+        assert name in last
+    assert printed.count("error: ") == 1
+
+
+@every_script
+@pytest.mark.parametrize("largest_file", [200, 10_000])  # TensorBoard's log does not fit, a checkpoint does not fit
+def test_full_disk_in_training(script, largest_file, start, tmp_path, data_dir):
+    words = flags(**SCRIPTS[script], **SMALL, data_dir=str(data_dir))
+    finish(start(script, [*words, "--updates", "2"], tmp_path / "run"))
+    run = the_run(tmp_path / "run")
+    assert (run / "checkpoint.pt").stat().st_size > 10_000
+    before = files(run)
+    resume = flags(resume=str(run), updates=6, data_dir=str(data_dir))
+    assert_full(start(script, resume, tmp_path / "run", largest_file), str(run), "File too large", "--resume")
+    after = files(run)
+    assert {name for name in after.keys() - before.keys() if not name.name.startswith("events.")} == set()
+    assert all(after[name] == contents for name, contents in before.items())
+
+    finish(start(script, words, tmp_path / "whole"))
+    finish(start(script, resume, tmp_path / "run"))  # with space again
+    assert_same_run(run, the_run(tmp_path / "whole"))
+
+    assert_full(start(script, words, tmp_path / "new", largest_file), "File too large")
+
+
+def test_full_disk_in_collecting(start, tmp_path, pretrained):
+    words = flags(scenario="simple_tag", dataset="random", data_dir="data", num_transitions=500)
+    words += flags(pretrained_dir=str(pretrained))
+    assert_full(start("collect_datasets", words, tmp_path / "full", 10_000), "simple_tag/random", "--data-dir")
+    assert not files(tmp_path / "full")
+    finish(start("collect_datasets", words, tmp_path / "full"))
+
+
+# ---- damaged data ----
+
+
+def load(data_dir, scenario="simple_tag"):
+    sizes = ParticleEnv(scenario, 1).obs_sizes[0], 2, 3, EPISODE_STEPS
+    return common.load_dataset(data_dir, scenario, "medium", *sizes)
+
+
+def refused(file, reader, *arguments):
+    """Reading ends in one line that names the file."""
+    with pytest.raises(UserError) as error:
+        reader(*arguments)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def flipped(contents, position, bit):
+    contents = bytearray(contents)
+    contents[position] ^= 1 << bit
+    return bytes(contents)
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["metadata", "no metadata"])
+@pytest.mark.parametrize("name", common.FILES)
+@pytest.mark.parametrize("agent", range(3))
+@pytest.mark.filterwarnings("ignore")  # numpy's, of damaged headers
+def test_damage_to_any_array_is_noticed(agent, name, described, tmp_path, data_dir):
+    for scenario in ("simple_tag", "simple_world"):
+        shutil.copytree(data_dir / scenario / "medium", tmp_path / scenario / "medium")
+    folder = common.dataset_path(tmp_path, "simple_tag", "medium")
+    if not described:
+        (folder / "metadata.json").unlink()
+    file = folder / f"{name}_{agent}.npy"
+    whole, places = file.read_bytes(), random.Random(agent)
+    load(tmp_path)
+    for _ in range(10):
+        file.write_bytes(whole[: places.randrange(len(whole))])
+        refused(file, load, tmp_path)
+    for value in (np.nan, np.inf, -np.inf):
+        file.write_bytes(whole)
+        array = np.load(file)
+        array.flat[places.randrange(array.size)] = value
+        np.save(file, array)
+        refused(file, load, tmp_path)
+    if described:
+        for _ in range(10):
+            file.write_bytes(flipped(whole, places.randrange(len(whole)), places.randrange(8)))
+            refused(file, load, tmp_path)
+        if name != "dones":  # they are all zero
+            other = folder / f"{name}_{(agent + 1) % 3}.npy"
+            for swapped in (other, common.dataset_path(tmp_path, "simple_world", "medium") / file.name):
+                file.write_bytes(swapped.read_bytes())
+                differs = file.read_bytes() != whole  # the agents of simple_tag share one reward
+                if differs:
+                    refused(file, load, tmp_path)
+                assert differs or name == "rews"
+    file.write_bytes(whole)
+    load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.npy", "/etc/hostname", "../../../simple_world/medium/seed_0_data/obs_0.npy"]
+)
+def test_names_in_metadata_lead_nowhere(name, tmp_path, data_dir):
+    """Whatever metadata.json says, the files read are the layout's own, and none of its names is a path."""
+    shutil.copytree(data_dir / "simple_tag" / "medium", tmp_path / "simple_tag" / "medium")
+    file = common.dataset_path(tmp_path, "simple_tag", "medium") / "metadata.json"
+    metadata, expected = json.loads(file.read_text()), load(tmp_path).rows
+    file.write_text(json.dumps(metadata | {"checksums": metadata["checksums"] | {name: "0"}, "path": name}))
+    assert torch.equal(load(tmp_path).rows, expected)
+    for key in ("scenario", "dataset"):
+        file.write_text(json.dumps(metadata | {key: name}))
+        refused("metadata.json", load, tmp_path)
+
+
+# ---- damaged and malicious checkpoints ----
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def trained(request, start, tmp_path_factory, data_dir):
+    """Name of a script and a run folder of it, to read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    finish(start(request.param, flags(**SCRIPTS[request.param], **SMALL, data_dir=str(data_dir)), folder))
+    return request.param, the_run(folder)
+
+
+def test_flipped_bits_in_a_checkpoint_are_noticed(trained, tmp_path):
+    """torch.load itself reads flipped weights without a word."""
+    whole, file, places = (trained[1] / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt", random.Random(0)
+    expected, noticed = common.load_torch(trained[1] / "checkpoint.pt"), 0
+    for _ in range(100):
+        file.write_bytes(flipped(whole, places.randrange(len(whole)), places.randrange(8)))
+        try:
+            contents = common.load_torch(file)
+        except UserError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+            noticed += 1
+        else:  # padding, or a date that nobody reads
+            assert_same(contents, expected)
+    assert noticed > 50
+    for _ in range(10):
+        file.write_bytes(whole[: places.randrange(len(whole))])
+        refused(file, common.load_torch, file)
+
+
+def test_a_damaged_checkpoint_is_never_evaluated(trained, start, tmp_path):
+    """The one before stands in with a warning; without it the run is refused."""
+    script, run = trained
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    middle = checkpoint.stat().st_size // 2
+    checkpoint.write_bytes(flipped(checkpoint.read_bytes(), middle, 3))
+    words = flags(eval_only=str(tmp_path / "run"), cuda=False)
+    printed = finish(start(script, words, tmp_path / "first"))
+    assert printed.startswith(f"warning: {checkpoint}: ") and "the one before" in printed
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["updates"] == 4
+    checkpoint.write_bytes(flipped(checkpoint.read_bytes(), middle, 3))
+    code, printed = start(script, words, tmp_path / "second").wait()
+    assert code == 2 and printed.startswith(f"error: {checkpoint}: ") and printed.count("\n") == 1
+
+
+class Executed:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder: dom2_mpe.load_checkpoint(folder),
+        lambda folder: dom2_mpe.load_policy(folder),
+        lambda folder: dom2_mpe.train(dom2_mpe.Args(resume=str(folder)), dom2_mpe),
+        lambda folder: dom2_mpe.train(dom2_mpe.Args(eval_only=str(folder)), dom2_mpe),
+        lambda folder: dom2_mpe.train(dom2_mpe.Args(prey=str(folder / "checkpoint.pt")), dom2_mpe),
+        lambda folder: collect_datasets.load_behaviour(folder, "checkpoint"),
+        lambda folder: common.load_prey(folder / "checkpoint.pt", 14, "cpu"),
+    ],
+    ids=["load_checkpoint", "load_policy", "resume", "eval_only", "prey", "load_behaviour", "load_prey"],
+)
+def test_no_loader_runs_code_from_a_checkpoint(read, tmp_path, monkeypatch):
+    monkeypatch.setitem(SCENARIOS, "checkpoint", SCENARIOS["simple_tag"])  # as load_behaviour names its files
+    bad = Executed(tmp_path / "executed")
+    file = tmp_path / "checkpoint.pt"
+    for contents in (bad, {"agent_params": [bad], "learners": bad}, {"args": {"scenario": bad}}):
+        for zipped in (True, False):
+            torch.save(contents, file, _use_new_zipfile_serialization=zipped)
+            refused(file, read, tmp_path)
+        file.write_bytes(pickle.dumps(contents))
+        refused(file, read, tmp_path)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(file.read_bytes())
+    assert (tmp_path / "executed").exists()  # it would have been noticed
+
+
+def test_no_source_file_loads_pickles():
+    """Every torch.load and np.load says so itself, and nothing else unpickles."""
+    loads = 0
+    for file in [*ROOT.glob("*.py"), *(file for folder in ROOT.glob("[a-z]*/") for file in folder.glob("*.py"))]:
+        if file.parent.name == "tests":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {name.name for name in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "dill", "joblib", "shelve", "cloudpickle"}, file
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
+                safe = {"torch.load": "weights_only=True", "np.load": "allow_pickle=False"}[ast.unparse(node.func)]
+                assert safe in map(ast.unparse, node.keywords), file
+                loads += 1
+    assert loads >= 2
