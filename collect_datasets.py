@@ -441,6 +441,7 @@ def collect(
 
 def main() -> None:
     args = common.parse(Args, __doc__)
+    common.check_options(args)
     for scenario in args.scenario:
         common.check_choice("--scenario", scenario, RECIPES)
     for dataset in args.dataset:

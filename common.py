@@ -155,6 +155,8 @@ RULES = (
     (("gamma",), "in [0, 1)", lambda x: 0 <= x < 1),
     (("widths", "critic_widths"), "at least one width, each at least 1", lambda x: x and min(x) >= 1),
     (("quantiles",), "numbers in [0, 1]", lambda x: all(0 <= q <= 1 for q in x)),
+    (("thresholds",), "numbers", lambda x: x is None or not any(map(math.isnan, x))),
+    (("seed",), "from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31),
 )
 
 

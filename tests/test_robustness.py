@@ -1,6 +1,7 @@
 """Whatever happens to the process, the disk or the data: nothing is lost, and no number comes from damaged input."""
 
 import ast
+import importlib
 import json
 import os
 import pickle
@@ -98,7 +99,7 @@ for line in sys.stdin:
 
 
 class Program:
-    """A script that runs in its own process; `wait` gives its exit code and what it printed, `seconds` then its CPU time."""
+    """A script in its own process: `wait` gives its exit code and what it printed, `seconds` then its CPU time."""
 
     def __init__(self, ask, module, words, folder, largest_file, pretrained):
         folder.mkdir(exist_ok=True)
@@ -110,10 +111,19 @@ class Program:
 
     def kill(self, seconds):
         """Kill it when it has computed for that long, if it still runs then; it is there until it is waited for."""
-        while Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        while self.running():
             if int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) > 1e9 * seconds:
                 return os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.001)
+
+    def running(self):
+        return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+    def resident(self):
+        """Yields its resident pages as long as it runs."""
+        while self.running():
+            if pages := int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]):
+                yield pages
 
     def wait(self):
         code, self.seconds = self.ask(self.pid)
@@ -486,3 +496,146 @@ def test_no_source_file_loads_pickles():
                 assert safe in map(ast.unparse, node.keywords), file
                 loads += 1
     assert loads >= 2
+
+
+# ---- options: valid ones train, invalid ones end in one line ----
+
+CHOICES = {
+    "scenario": tuple(SCENARIOS),
+    "dataset": ("random", "medium", "expert", "random-medium"),
+    "shift": ("speed", "none"),
+    "solver": ("dpm", "ddpm"),
+    "prediction": ("action", "noise"),
+    "noise_net": ("mlp", "residual"),
+    "q_normaliser": ("abs", "printed"),
+}
+SWITCHES = {"augment": False, "raw_rewards": True, "bf16": False}  # what differs from the default
+small_widths = st.lists(st.integers(1, 8), min_size=1, max_size=3).map(tuple)
+VALID = {
+    **{name: st.sampled_from(choices) for name, choices in CHOICES.items()},
+    **{name: st.just(value) for name, value in SWITCHES.items()},
+    **{name: st.integers(1, 3) for name in ("num_seeds", "eval_interval", "eval_episodes", "eval_candidates")},
+    **{name: st.integers(1, 12) for name in ("batch_size", "diffusion_steps")},
+    **{name: st.floats(0, 10) for name in ("eta", "zeta", "bc_weight", "max_grad_norm", "reward_scale")},
+    **{name: st.floats(1e-6, 1e-2) for name in ("actor_lr", "critic_lr")},
+    **{name: st.floats(1e-6, 1) for name in ("data_fraction", "rho")},
+    **{name: st.just(0.0) | st.floats(1e-3, 20) for name in ("beta_min", "beta_max")},
+    **{name: small_widths for name in ("widths", "critic_widths")},
+    "gamma": st.floats(0, 0.999),
+    "seed": st.integers(0, 2**31 - 1),
+    "quantiles": st.lists(st.floats(0, 1), max_size=3).map(tuple),
+    "thresholds": st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=3).map(tuple),
+}
+INVALID = {
+    **{name: ("nonsense", "", "../simple_tag", None) for name in CHOICES},
+    **{name: ("yes", "1") for name in (*SWITCHES, "cuda", "compile", "capture_video")},
+    **{name: ("0", "-1", "1.5", "x", None) for name in ("num_seeds", "updates", "batch_size", "diffusion_steps")},
+    **{name: ("0", "-1", "1.5", "x", None) for name in ("eval_interval", "eval_episodes", "eval_candidates")},
+    **{name: ("-0.1", "nan", "inf", "x", None) for name in ("eta", "zeta", "bc_weight", "max_grad_norm")},
+    **{name: ("-0.1", "nan", "inf", "x", None) for name in ("reward_scale", "beta_min", "beta_max")},
+    **{name: ("0", "1.01", "nan", "x", None) for name in ("data_fraction", "rho", "actor_lr", "critic_lr")},
+    **{name: ("0", "-8", "1.5", "x", None) for name in ("widths", "critic_widths")},
+    "gamma": ("1", "-0.1", "nan", "x", None),
+    "seed": ("-1", str(2**31), "1e99", "x", None),
+    "quantiles": ("1.1", "-0.1", "nan", "x"),
+    "thresholds": ("nan", "x"),
+    "resume": ("nowhere",),
+    "eval_only": ("nowhere",),
+    "nonsense": ("1", None),
+}
+
+
+def contradictory(given, defaults):
+    """Options that are valid alone but not together."""
+    given = defaults | given
+    if given.get("beta_min", 0) >= given.get("beta_max", 1):
+        return True
+    cloning = given.get("eta") == 0
+    return cloning and (given.get("bc_weight") == 0 or given.get("eval_candidates", 1) > 1)
+
+
+@pytest.fixture
+def program(monkeypatch, capfd, tmp_path, data_dir, pretrained):
+    """program(script, words): exit code and errors of a script that runs in this process."""
+
+    def program(script, words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+        capfd.readouterr()
+        code = 0
+        try:
+            common.run(importlib.import_module(script).main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, capfd.readouterr().err
+
+    return program
+
+
+def drawn(strategies, script):
+    names = {field.name for field in fields(importlib.import_module(script).Args)}
+    return st.fixed_dictionaries({}, optional={name: strategies[name] for name in strategies if name in names})
+
+
+a_few = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@every_script
+def test_valid_options_train_and_evaluate(script, program, tmp_path, data_dir, pretrained):
+    module = importlib.import_module(script)
+    defaults = {field.name: field.default for field in fields(module.Args)}
+
+    @settings(a_few, max_examples=25)
+    @given(drawn(VALID, script))
+    def check(options):
+        given = SCRIPTS[script] | SMALL | dict(updates=2) | options
+        given |= dict(data_dir=str(data_dir), prey=str(pretrained / f"{given['scenario']}.pt"), run_dir=str(tmp_path))
+        code, errors = program(script, flags(**given))
+        if contradictory(given, defaults):
+            assert code == 2 and errors.startswith("error: --") and errors.count("\n") == 1, errors
+        else:
+            assert code == 0, errors
+            run = max(tmp_path.iterdir(), key=lambda run: run.stat().st_ctime_ns)
+            results = json.loads((run / "results.json").read_text())
+            assert results["updates"] == 2 and results["scenario"] == given["scenario"]
+            assert all(np.isfinite(returns).all() for returns in results["returns"].values())
+
+    check()
+
+
+@every_script
+def test_an_invalid_option_ends_in_one_line(script, program, tmp_path):
+    names = {field.name for field in fields(importlib.import_module(script).Args)} | {"nonsense"}
+    wrong = [(name, word) for name, words in INVALID.items() if name in names for word in words]
+
+    @settings(a_few, max_examples=100)
+    @given(drawn(VALID, script), st.sampled_from(wrong))
+    def check(options, error):
+        name, word = error
+        words = flags(**{other: value for other, value in options.items() if other != name})
+        words += [f"--{name.replace('_', '-')}", *([] if word is None else [word])]
+        code, errors = program(script, words)
+        assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1, (words, errors)
+        assert not list(tmp_path.iterdir())
+
+    check()
+
+
+# ---- memory ----
+
+
+@every_script
+def test_memory_stays_flat(script, start, tmp_path, data_dir):
+    """Two hours of the default run on a CPU are about 115,000 updates: SOAK_UPDATES=115000 python -m pytest -k flat."""
+    updates = int(os.environ.get("SOAK_UPDATES", 2_000))
+    options = SMALL | dict(updates=updates, eval_interval=max(20, updates // 200), eval_episodes=20)
+    program = start(script, flags(**SCRIPTS[script], **options, data_dir=str(data_dir)), tmp_path)
+    resident = []
+    for pages in program.resident():
+        resident.append(pages)
+        time.sleep(0.02)
+    finish(program)
+    early, late = resident[len(resident) // 10], resident[-len(resident) // 10 :]
+    assert len(late) > 5 and max(late) < 1.03 * early

@@ -23,6 +23,7 @@ from dom2_mpe import Args
 from particle_env import EPISODE_STEPS, SCENARIOS, parallel_env
 
 ROOT = Path(common.__file__).parent
+NAN, INF = float("nan"), float("inf")
 SMALL = dict(num_seeds=2, updates=6, batch_size=8, widths=(8, 8), critic_widths=(8,), eval_interval=2, eval_episodes=4)
 
 
@@ -472,8 +473,31 @@ def test_a_broken_state_does_not_replace_the_last_checkpoint(small, monkeypatch)
         return metrics if len(calls) < 4 else {tag: value * float("nan") for tag, value in metrics.items()}
 
     monkeypatch.setattr(dom2_mpe, "update", broken)
-    with pytest.raises(UserError, match="not finite"):
-        train(Args(**small | dict(updates=8)))
+    with pytest.raises(UserError, match=r"update 4: .* is not finite"):
+        train(Args(**small | dict(updates=9, eval_interval=3)))
+    assert torch.load(the_run(small["run_dir"]) / "checkpoint.pt", weights_only=True)["updates"] == 3
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("network", ["policy", "critic", "target_policy", "target_critic", "optimizer"])
+def test_a_broken_parameter_is_not_saved(network, value, small, monkeypatch):
+    """It breaks in the very update that is saved next, whose losses are still finite."""
+    calls, update = [], dom2_mpe.update
+
+    def broken(learners, optimizers, *args):
+        calls.append(1)
+        metrics = update(learners, optimizers, *args)
+        if len(calls) == 4:
+            if network == "optimizer":
+                tensor = next(iter(optimizers["critic"].state.values()))["exp_avg_sq"]
+            else:
+                tensor = next(learners[network].parameters()).detach()
+            tensor.view(6, -1)[4, -1] = value  # seed 1, agent 1
+        return metrics
+
+    monkeypatch.setattr(dom2_mpe, "update", broken)
+    with pytest.raises(UserError, match="update 4: a parameter of seed 8, agent 1 is not finite"):
+        train(Args(**small | dict(seed=7)))
     assert torch.load(the_run(small["run_dir"]) / "checkpoint.pt", weights_only=True)["updates"] == 2
 
 
@@ -504,9 +528,6 @@ def test_settings_name_existing_data_sets():
         assert scenario in SCENARIOS and dataset in common.DATASETS
 
 
-NAN, INF = float("nan"), float("inf")
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -532,6 +553,8 @@ NAN, INF = float("nan"), float("inf")
         *({name: ()} for name in ("widths", "critic_widths")),
         *({name: (8, 0)} for name in ("widths", "critic_widths")),
         *({"quantiles": (0.5, value)} for value in (-0.1, 1.1, NAN)),
+        {"thresholds": (5.0, NAN)},
+        *({"seed": value} for value in (-1, 2**31)),
         {"eta": 0.0, "bc_weight": 0.0},
         {"eval_candidates": 2, "eta": 0.0},
     ],
@@ -557,6 +580,7 @@ def test_options_without_a_meaning_are_refused(changes, script, small, tmp_path)
         {"data_fraction": 1e-6},
         {"quantiles": (0.0, 1.0)},
         {"thresholds": (-5.0, 1000.0)},
+        *({"seed": value} for value in (0, 2**31 - 1)),
         {"eval_candidates": 2, "eta": 1.0},
         {"num_seeds": 1, "updates": 1, "batch_size": 1, "diffusion_steps": 1, "eval_interval": 1, "eval_episodes": 1},
     ],
@@ -600,6 +624,23 @@ def refused(script, tmp_path, *words, naming, module=dom2_mpe):
 def test_bad_options(option, value, script, tmp_path, small):
     flag = f"--{option.replace('_', '-')}"
     refused(script, tmp_path, *flags(**small | {option: value}), naming=flag)
+
+
+@pytest.mark.parametrize("module", [dom2_mpe, collect_datasets], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "words, naming",
+    [
+        (["--nonsense", "3"], "--nonsense, 3"),
+        (["--seed", "x"], "--seed"),
+        (["--seed"], "--seed"),
+        (["--seed", "1.5"], "--seed"),
+        (["--seed", "-1"], "--seed -1"),
+        (["random"], "random"),
+    ],
+    ids=str,
+)
+def test_words_that_are_no_options(words, naming, module, script, tmp_path):
+    refused(script, tmp_path, *words, naming=naming, module=module)
 
 
 def test_error_ends_the_process_with_exit_code_2(tmp_path):
