@@ -67,14 +67,18 @@ def run(main) -> None:
         sys.exit(130)
 
 
-def parse(args_class, description: str):
-    """Options of the command line as an `args_class`; a UserError for words that are none, where tyro draws a box."""
+def parse(args_class, description: str | None = None, **options):
+    """tyro.cli: options as an `args_class`; its boxes around words that are none become one line.
+
+    Raises:
+        UserError: unknown options, or values of another type.
+    """
     import tyro  # only programs need it
 
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(args_class, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(args_class, description=description, config=(tyro.conf.FlagCreatePairsOff,), **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

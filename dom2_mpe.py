@@ -1101,9 +1101,11 @@ def train(args: RunArgs, algorithm) -> dict:
     name = "evaluation.json" if args.eval_only else "results.json"
     with disk():
         common.write_file(run / name, json.dumps(results, indent=2).encode() + b"\n")
+        if args.capture_video:
+            write_gif(act, args, prey, run / "policy.gif")
     print_table(results)
     if args.capture_video:
-        print(f"wrote {write_gif(act, args, prey, run / 'policy.gif')}")
+        print(f"wrote {run / 'policy.gif'}")
     print(f"{run}: {name}, checkpoint.pt, TensorBoard events")
     return results
 
@@ -1139,14 +1141,19 @@ def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, prey, first_
             evaluates = u % args.eval_interval == 0 or u == args.updates
             saves = evaluates or bool(stopped)
             if u % 100 == 0 or saves:
-                if finite.min() < u - checked:  # since then they have been NaN, or the parameters are
-                    learner = int(finite.argmin())
-                    tags = [tag for tag, value in metrics.items() if not value[learner].isfinite()]
-                    refuse(args, run, checked + int(finite[learner]) + 1, learner, n, ", ".join(tags) or "a loss")
+                sound = finite == u - checked  # [L]
+                if saves:  # a parameter that has just broken shows in the next update's losses only
+                    sound &= common.finite_state(learners, optimizers, L)
+                if not sound.all():
+                    j = int(sound.int().argmin())
+                    broken = [tag for tag, value in metrics.items() if not value[j].isfinite()]
+                    raise UserError(
+                        f"update {min(checked + int(finite[j]) + 1, u)}: {', '.join(broken) or 'a parameter'} of seed "
+                        f"{args.seed + j // n}, agent {j % n} is not finite; lower the learning rates (the checkpoint "
+                        f"in {run} is from before)"
+                    )
                 checked = u
                 finite.zero_()
-                if saves and not (sound := common.finite_state(learners, optimizers, L)).all():
-                    refuse(args, run, u, int(sound.int().argmin()), n, "a parameter")
                 for tag, value in metrics.items():
                     writer.add_scalar(tag, value.mean().item(), u)
             if evaluates:
@@ -1165,14 +1172,6 @@ def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, prey, first_
                     script = os.path.relpath(algorithm.__file__)
                     print(f"stopped after update {u}; go on with: python {script} --resume {run}")
                     raise SystemExit(128 + stopped[0])
-
-
-def refuse(args: RunArgs, run: Path, update: int, learner: int, num_agents: int, what: str) -> None:
-    seed, agent = args.seed + learner // num_agents, learner % num_agents
-    raise UserError(
-        f"update {update}: {what} of seed {seed}, agent {agent} is not finite; lower the learning rates "
-        f"(the checkpoint in {run} is from before)"
-    )
 
 
 def print_table(results: dict) -> None:
@@ -1200,7 +1199,7 @@ def print_table(results: dict) -> None:
         print(f"{shift}: {distinct:.1f} assignments of agents to landmarks from one start, entropy {entropy:.2f} bits")
 
 
-def write_gif(act, args: RunArgs, prey: dict | None, path: Path, episodes: int = 4) -> Path:
+def write_gif(act, args: RunArgs, prey: dict | None, path: Path, episodes: int = 4) -> None:
     """Seed 0's team in `episodes` episodes of the standard environment, as an animated GIF."""
     from PIL import Image
 
@@ -1211,7 +1210,6 @@ def write_gif(act, args: RunArgs, prey: dict | None, path: Path, episodes: int =
     rollout(act, args, env, prey, on_step=lambda: frames.append([draw(env, i, 300) for i in range(episodes)]))
     images = [Image.fromarray(frame) for episode in zip(*frames, strict=True) for frame in episode]
     images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
-    return path
 
 
 def hardware(device: torch.device) -> str:

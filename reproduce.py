@@ -118,7 +118,7 @@ def parse(script: str, options: tuple[str, ...]):
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     except ImportError as error:
         raise UserError(f"{script}: {error}; mend that or leave its cells out with --algorithms, --scenarios") from None
-    return module, tyro.cli(module.Args, args=list(options), prog=script, config=(tyro.conf.FlagCreatePairsOff,))
+    return module, common.parse(module.Args, args=list(options), prog=script)
 
 
 def resolve(cell: Cell, args: Args, further: tuple[str, ...]) -> tuple[tuple[str, ...], dict]:
@@ -229,7 +229,7 @@ def locked(job: Job) -> bool:
 def start_command(job: Job) -> list[str]:
     """What to start: the cell's command, or the continuation of its last run that left a checkpoint."""
     (job.folder / "exit_code").unlink(missing_ok=True)
-    stopped = [run for run in run_folders(job) if (run / "checkpoint.pt").exists()]
+    stopped = [run for run in run_folders(job) if list(run.glob("checkpoint*.pt"))]
     if stopped:
         return [sys.executable, job.command[0], "--resume", from_root(stopped[-1])]
     return [sys.executable, *job.command, "--run-dir", from_root(job.folder)]
@@ -426,7 +426,7 @@ def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
 def main() -> None:
     words = sys.argv[1:]
     here = words.index("--") if "--" in words else len(words)
-    args = tyro.cli(Args, description=__doc__, args=words[:here], config=(tyro.conf.FlagCreatePairsOff,))
+    args = common.parse(Args, __doc__, args=words[:here])
     if not reproduce(args, tuple(words[here + 1 :])):
         sys.exit(1)
 
