@@ -55,7 +55,7 @@ def files(folder):
 # ---- programs to kill: forked from one process that has imported everything, as starting Python takes seconds ----
 
 NURSERY = """
-import importlib, json, os, resource, sys, traceback
+import importlib, json, os, resource, signal, sys, traceback
 from functools import partial
 
 import torch, torch.utils.tensorboard, tyro
@@ -66,12 +66,13 @@ parameter = torch.nn.Parameter(torch.zeros(1))
 parameter.sum().backward()
 torch.optim.Adam([parameter]).step()  # imports much the first time
 
-def program(module, words, folder, output, largest_file, pretrained):
+def program(module, words, folder, output, largest_file, deadly, pretrained):
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY), descriptor)
     if largest_file:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     collect = collect_datasets.collect
     if module != 'collect_datasets':
@@ -101,12 +102,12 @@ for line in sys.stdin:
 class Program:
     """A script in its own process: `wait` gives its exit code and what it printed, `seconds` then its CPU time."""
 
-    def __init__(self, ask, module, words, folder, largest_file, pretrained):
+    def __init__(self, ask, module, words, folder, largest_file, deadly, pretrained):
         folder.mkdir(exist_ok=True)
         pipe = folder / "output"
         os.mkfifo(pipe)
         self.ask, self.output = ask, os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-        self.pid = ask([module, words, str(folder), "output", largest_file, str(pretrained)])
+        self.pid = ask([module, words, str(folder), "output", largest_file, deadly, str(pretrained)])
         self.pipe = pipe
 
     def kill(self, seconds):
@@ -137,7 +138,10 @@ class Program:
 
 @pytest.fixture(scope="module")
 def start(pretrained):
-    """start(module, words, folder): begin a Program in that folder."""
+    """start(module, words, folder): begin a Program in that folder.
+
+    Its files cannot grow beyond `largest_file` bytes: the write fails, or, if that is `deadly`, the process dies in it.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", NURSERY]
     with subprocess.Popen(
@@ -148,8 +152,8 @@ def start(pretrained):
             print(json.dumps(request), file=nursery.stdin, flush=True)
             return json.loads(nursery.stdout.readline())
 
-        def start(module, words, folder, largest_file=None):
-            return Program(ask, module, words, folder, largest_file, pretrained)
+        def start(module, words, folder, largest_file=None, deadly=False):
+            return Program(ask, module, words, folder, largest_file, deadly, pretrained)
 
         yield start
         nursery.stdin.close()
@@ -315,11 +319,31 @@ def test_full_disk_in_training(script, largest_file, start, tmp_path, data_dir):
     assert_full(start(script, words, tmp_path / "new", largest_file), "File too large")
 
 
+@every_script
+def test_killed_in_the_middle_of_a_checkpoint(script, start, tmp_path, data_dir):
+    words = flags(**SCRIPTS[script], **SMALL, data_dir=str(data_dir))
+    finish(start(script, words, tmp_path / "whole"))
+    finish(start(script, [*words, "--updates", "2"], tmp_path / "run"))
+    run = the_run(tmp_path / "run")
+    for size in (5_000, 20_000, 40_000):
+        before = (run / "checkpoint.pt").read_bytes()
+        resume = flags(resume=str(run), updates=6, data_dir=str(data_dir))
+        code, printed = start(script, resume, tmp_path / "run", size, deadly=True).wait()
+        assert code == -signal.SIGXFSZ, printed
+        assert [file.stat().st_size for file in run.glob("checkpoint*") if file.stat().st_size == size]  # half of one
+        assert (run / "checkpoint.pt").read_bytes() == before
+    finish(start(script, resume, tmp_path / "run"))
+    assert_same_run(run, the_run(tmp_path / "whole"))
+
+
 def test_full_disk_in_collecting(start, tmp_path, pretrained):
     words = flags(scenario="simple_tag", dataset="random", data_dir="data", num_transitions=500)
     words += flags(pretrained_dir=str(pretrained))
     assert_full(start("collect_datasets", words, tmp_path / "full", 10_000), "simple_tag/random", "--data-dir")
     assert not files(tmp_path / "full")
+    code, printed = start("collect_datasets", words, tmp_path / "full", 10_000, deadly=True).wait()
+    assert code == -signal.SIGXFSZ, printed
+    assert files(tmp_path / "full") and not (tmp_path / "full" / "data" / "simple_tag" / "random").exists()
     finish(start("collect_datasets", words, tmp_path / "full"))
 
 
