@@ -142,6 +142,8 @@ def start(pretrained):
 
     Its files cannot grow beyond `largest_file` bytes: the write fails, or, if that is `deadly`, the process dies in it.
     """
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("needs Linux's /proc to watch processes")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", NURSERY]
     with subprocess.Popen(

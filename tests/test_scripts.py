@@ -418,6 +418,15 @@ def test_data_fraction_keeps_whole_trajectories(small, sampled, data_dir):
     assert set(choices[0]) != set(choices[1]) == set(choices[2])
 
 
+def test_a_data_set_that_another_process_makes_in_the_meantime(small, tmp_path, monkeypatch, collect):
+    def too_late(*names, **options):
+        collect(*names, **options)
+        collect(*names, **options)  # finds the one above
+
+    monkeypatch.setattr(collect_datasets, "collect", too_late)
+    assert train(Args(**small | dict(updates=1, data_dir=str(tmp_path / "new"))))["data"]["transitions"] == 500
+
+
 def test_missing_data_set_is_made_first(small, tmp_path, monkeypatch, collect):
     folder = tmp_path / "new"
     monkeypatch.setattr(collect_datasets, "collect", lambda *names, **options: collect(*names, **options))
