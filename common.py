@@ -124,6 +124,26 @@ def write_file(path: Path, contents, previous: Path | None = None) -> None:
 
 
 @contextmanager
+def hold(run: Path):
+    """Within the context no other process can hold the run folder; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(run / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is training it; wait until it ends, or stop it") from None
+        yield
+
+
+@contextmanager
 def catch_signals():
     """Within the context SIGINT and SIGTERM do not interrupt: their numbers are appended to the list it yields."""
     caught, handlers = [], {}

@@ -1073,7 +1073,7 @@ def train(args: RunArgs, algorithm) -> dict:
     disk = partial(common.disk_errors, run, f"free some space; --resume {run} goes on from the last checkpoint")
     if not args.eval_only:
         print(f"{args.scenario}/{args.dataset}: {num_learners} learners ({args.num_seeds} seeds x {n} agents), {run}")
-        with disk():
+        with disk(), common.hold(run):
             if checkpoint is None:  # a run that is killed before its first evaluation can be continued as well
                 common.write_file(run / "config.json", json.dumps(asdict(args), indent=2).encode() + b"\n")
                 save_checkpoint(run, args, 0, learners, optimizers, prey, data.stats)

@@ -288,6 +288,25 @@ def test_two_runs_at_once_that_want_the_same_missing_data_set(script, start, tmp
             assert_same_run(run, the_run(tmp_path / "alone"))
 
 
+@every_script
+def test_a_run_is_not_continued_while_it_still_runs(script, start, tmp_path, data_dir):
+    words = flags(**SCRIPTS[script], **SMALL, data_dir=str(data_dir))
+    finish(start(script, words, tmp_path / "whole"))
+    program = start(script, words, tmp_path / "run")
+    while program.running() and not list(tmp_path.glob("run/runs/*/checkpoint.pt")):
+        time.sleep(0.001)
+    os.kill(program.pid, signal.SIGSTOP)
+    run = the_run(tmp_path / "run")
+    before = files(run)
+    resume = flags(resume=str(run), data_dir=str(data_dir))
+    code, printed = start(script, resume, tmp_path / "second").wait()
+    assert code == 2 and printed.splitlines()[-1].startswith(f"error: {run}: another process"), printed
+    assert files(run) == before
+    os.kill(program.pid, signal.SIGCONT)
+    finish(program)
+    assert_same_run(run, the_run(tmp_path / "whole"))
+
+
 # ---- full disks: files cannot grow beyond a limit ----
 
 
