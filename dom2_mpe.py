@@ -186,7 +186,7 @@ def resolve_run(args: RunArgs) -> RunArgs:
     common.check_choice("--scenario", args.scenario, SCENARIOS)
     common.check_choice("--dataset", args.dataset, common.DATASETS)
     shifts = SCENARIOS[args.scenario].shifts
-    args = replace(args, shift=args.shift or shifts[0])
+    args = common.fill(args, ("shift",), (shifts[0],))
     common.check_choice("--shift", args.shift, (*shifts, "none"))
     return args
 
