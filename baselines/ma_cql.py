@@ -192,9 +192,7 @@ def update(learners, optimizers: dict, batch: Batch, args: Args, policy_loss=pol
 
 
 def main() -> None:
-    import tyro
-
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    args = common.parse(Args, __doc__)
     family(args).train(args, sys.modules[__name__])
 
 

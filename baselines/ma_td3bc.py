@@ -197,9 +197,7 @@ act = ma_bc.act
 
 
 def main() -> None:
-    import tyro
-
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    args = common.parse(Args, __doc__)
     family(args).train(args, sys.modules[__name__])
 
 

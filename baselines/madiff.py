@@ -296,9 +296,7 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
 
 
 def main() -> None:
-    import tyro
-
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    args = common.parse(Args, __doc__)
     family(args).train(args, sys.modules[__name__])
 
 

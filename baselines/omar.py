@@ -161,9 +161,7 @@ def update(learners, optimizers: dict, batch: Batch, args: Args) -> dict[str, Te
 
 
 def main() -> None:
-    import tyro
-
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    args = common.parse(Args, __doc__)
     family(args).train(args, sys.modules[__name__])
 
 

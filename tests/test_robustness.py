@@ -31,6 +31,7 @@ ROOT = Path(common.__file__).parent
 # Scripts that train, with options that make them tiny
 SCRIPTS = {
     "dom2_mpe": dict(scenario="simple_spread", widths=(8, 8), critic_widths=(8,), diffusion_steps=2),
+    "baselines.omar": dict(scenario="simple_spread", widths=(8, 8)),
 }
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 SMALL = dict(dataset="random", updates=6, batch_size=8, eval_interval=2, eval_episodes=2, cuda=False)
