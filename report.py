@@ -113,6 +113,7 @@ ABLATIONS = (
 )
 OFF_AND_ON = tuple(v for a in BASELINES for v in (*variants((a,)), *variants((a,), augment=True)))
 OFF_AND_ON += (*variants(("dom2",), augment=False), *variants(("dom2",)))
+CANDIDATES = (*variants(("dom2",)), *variants(("dom2",), eval_candidates=8))
 STEP_COUNTS = tuple(v for n in STEPS for v in variants(("dom2",), diffusion_steps=n))
 TARGETS = {
     "table1": Target("Table 1: particle environments", ("none",), ((TABLE, PARTICLE, DATASETS),)),
@@ -134,6 +135,9 @@ TARGETS = {
     ),
     "fig6": Target("Figure 6: ablations", ("none",), ((ABLATIONS, PARTICLE + MUJOCO, DATASETS),)),
     "factorial": Target("Augmentation off and on", ("none",), ((OFF_AND_ON, PARTICLE, DATASETS),)),
+    "candidates": Target(
+        "One action, or the best of eight by Q", ("none", "speed"), ((CANDIDATES, PARTICLE, DATASETS),)
+    ),
     "steps": Target("Denoising steps", ("none",), ((STEP_COUNTS, PARTICLE, ("random", "expert")),)),
 }
 

@@ -51,7 +51,7 @@ from report import (
 @dataclass
 class Args:
     target: tyro.conf.Positional[str]
-    """table1 to table4, fig2, fig5, fig6, factorial, steps, or report: all of them without running anything"""
+    """table1 to table4, fig2, fig5, fig6, factorial, candidates, steps, or report: all, without running anything"""
     scenarios: tuple[str, ...] = ()
     """only these scenarios"""
     datasets: tuple[str, ...] = ()
