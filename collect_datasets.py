@@ -23,12 +23,15 @@ the prey, the expert policies (`agent_params`, as in OMAR's files) and the mediu
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise, starmap
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +42,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import DATASETS, FILES, UserError
+from common import DATASETS, UserError
 from dom2_mpe import StackedLinear, soft_update
+from mujoco_env import SCENARIOS as ROBOTS
+from mujoco_env import MujocoEnv
 from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
 
 
 @dataclass
 class Args:
     scenario: tuple[str, ...] = ("simple_spread", "simple_tag", "simple_world")
-    """which scenarios: those three, or landmarks6"""
+    """which scenarios: those three, landmarks6, HalfCheetah or, with random data alone, another robot"""
     dataset: tuple[str, ...] = DATASETS
     """which data sets of each"""
     num_transitions: int = 1_000_000
@@ -72,6 +77,14 @@ class Recipe:
     prey_updates: int  # predators and prey together, until the prey is frozen
     expert_updates: int  # of the controlled agents (against the frozen prey) at most
     hidden: tuple[int, int]  # widths of the actors' and the critics' hidden layers
+    gamma: float = 0.95
+    rho: float = 0.01
+    reward_scale: float = 0.1
+    team_critic: bool = False  # one critic that sees the robot's state and all actions, instead of one per agent
+    warmup_steps: int = 320  # of uniformly random actions in every world, before learning starts
+    lr_drop: float = float("inf")  # updates after which the learning rates are 3e-4 instead of 1e-3
+    level_interval: int = 250  # updates between measurements of the policies' level
+    level_episodes: int = 400  # episodes of each
 
 
 RECIPES = {
@@ -86,8 +99,62 @@ RECIPES = {
     ),
     # nothing is published for it: random actions reach 69, TD3 soon 80 and, more and more slowly, 90
     "landmarks6": Recipe({"medium": 80.0, "expert": 90.0}, 0, 10_000, (48, 128)),
+    "HalfCheetah": Recipe(
+        {"random": -283.0, "medium-replay": 423.0, "medium": 1569.0, "expert": 3339.0},
+        0,
+        120_000,
+        (64, 256),
+        gamma=0.99,
+        rho=0.005,
+        reward_scale=1.0,
+        team_critic=True,
+        lr_drop=50_000,
+        warmup_steps=1000,
+        level_interval=1000,
+        level_episodes=16,
+    ),
 }
 ACTION_NOISE = 0.1  # of the medium and expert data sets
+
+
+def make_env(scenario: str, num_envs: int, seed):
+    """`num_envs` worlds of a scenario: a ParticleEnv, or robots behind its interface."""
+    if scenario in SCENARIOS:
+        return ParticleEnv(scenario, num_envs, seed=seed)
+
+    class RobotEnv(MujocoEnv):
+        @property
+        def obs_sizes(self):
+            return (self.obs_size,) * self.num_agents
+
+        def reset(self):
+            return list(torch.from_numpy(super().reset()).unbind(1))
+
+        def step(self, actions):
+            obs, reward, _ = super().step(actions.numpy())
+            return list(torch.from_numpy(obs).unbind(1)), torch.from_numpy(reward)[:, None].expand(-1, self.num_agents)
+
+    return RobotEnv(scenario, num_envs, seed=seed)
+
+
+def row_widths(env) -> dict[str, int]:
+    """What a row of transitions holds side by side: names of the layout's arrays and their widths."""
+    d = max(env.obs_sizes[: env.num_controlled])
+    widths = {"obs": d, "acs": env.action_size, "rews": 1, "next_obs": d, "dones": 1}
+    if not isinstance(env, ParticleEnv):
+        widths |= {"states": env.state_size, "next_states": env.state_size}
+    return widths
+
+
+def transition(env, obs: Tensor, action: Tensor, rewards: Tensor, next_obs: Tensor, state) -> Tensor:
+    """Rows [n, E, W] of the step that `env` has just made; `state` is the robots' before it."""
+    parts = [obs, action, rewards.T[: len(obs), :, None], next_obs]
+    if isinstance(env, ParticleEnv):
+        parts.append(torch.zeros_like(obs[..., :1]))
+    else:
+        of_all = np.concatenate([env.terminated[:, None], state, env.state], 1, dtype=np.float32)
+        parts.append(torch.from_numpy(of_all).expand(len(obs), -1, -1))
+    return torch.cat(parts, -1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -123,93 +190,98 @@ def unstack(actor: StackedMLP, obs_sizes) -> list[dict[str, Tensor]]:
 class TD3:
     """Independent TD3 learners for the first agents of a scenario, its remaining agent played by a frozen prey.
 
-    `train(updates)` goes on from where it stopped. One environment step of 16 worlds precedes every update.
+    `train(updates)` goes on from where it stopped. One environment step of 16 worlds precedes every update. No episode
+    has a terminal state.
 
     Args:
         prey: state dict of a frozen prey, or None: then the prey (if any) is one of the learners.
     """
 
     num_envs, batch_size = 16, 256
-    lr, rho, gamma, reward_scale = 1e-3, 0.01, 0.95, 0.1
-    warmup_steps = 320  # of uniformly random actions: 20 updates' worth of episodes before learning starts
     explore_noise, target_noise, target_noise_clip = 0.2, 0.2, 0.5
+    PARTS = ("actor", "target_actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
     action_penalty = 1e-3  # on the squared pre-tanh action, against saturation
 
     def __init__(self, scenario: str, prey: dict[str, Tensor] | None, max_updates: int, seed: int):
         torch.manual_seed(seed)
-        self.env = ParticleEnv(scenario, self.num_envs, seed=seed)
-        self.prey = prey
-        L = self.num_learners = self.env.num_agents if prey is None else self.env.spec.num_controlled
+        self.recipe, self.env, self.prey = RECIPES[scenario], make_env(scenario, self.num_envs, seed), prey
+        L = self.num_learners = self.env.num_agents if prey is None else self.env.num_controlled
         self.obs_sizes = self.env.obs_sizes[:L]
-        d = self.obs_size = max(self.obs_sizes)  # smaller observations are padded with zeros
-        actor_hidden, critic_hidden = RECIPES[scenario].hidden
-        self.actor, self.target_actor = (StackedMLP(L, d, actor_hidden, 2) for _ in range(2))
-        self.critic, self.target_critic = (StackedMLP(2 * L, d + 2, critic_hidden, 1) for _ in range(2))
+        d, A = self.obs_size, self.action_size = max(self.obs_sizes), self.env.action_size
+        actor_hidden, critic_hidden = self.recipe.hidden  # smaller observations are padded with zeros
+        self.actor, self.target_actor = (StackedMLP(L, d, actor_hidden, A) for _ in range(2))
+        self.num_critics, seen = (1, self.env.state_size + L * A) if self.recipe.team_critic else (L, d + A)
+        self.critic, self.target_critic = (StackedMLP(2 * self.num_critics, seen, critic_hidden, 1) for _ in range(2))
         self.target_actor.load_state_dict(self.actor.state_dict())
         self.target_critic.load_state_dict(self.critic.state_dict())
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), self.lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), self.lr, fused=True)
-        steps = self.warmup_steps + max_updates
-        steps = -(-steps // EPISODE_STEPS) * EPISODE_STEPS
-        self.buffer = torch.zeros(L, steps, self.num_envs, 2 * d + 3)  # obs, action, reward, next_obs
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), 1e-3, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), 1e-3, fused=True)
+        steps = self.recipe.warmup_steps + max_updates
+        steps = -(-steps // self.env.episode_steps) * self.env.episode_steps
+        self.widths = list(row_widths(self.env).values())
+        self.buffer = torch.zeros(L, steps, self.num_envs, sum(self.widths))
         self.steps = self.updates = 0
-        self.obs = self.env.reset()
 
-    def q(self, critic: StackedMLP, obs: Tensor, action: Tensor) -> Tensor:
-        """Twin Q: [L, B, d], [L, B, 2] -> [L, 2, B]."""
-        x = torch.cat([obs, action], -1).repeat_interleave(2, 0)
-        return critic(x).view(self.num_learners, 2, -1)
+    def q(self, critic: StackedMLP, obs: Tensor, state: Tensor | None, action: Tensor) -> Tensor:
+        """Twin Q: obs [L, B, d], state [L, B, s], action [L, B, A] -> [critics, 2, B]."""
+        seen = [state[:1], *action.split(1)] if self.recipe.team_critic else [obs, action]
+        return critic(torch.cat(seen, -1).repeat_interleave(2, 0)).view(self.num_critics, 2, -1)
 
     def pad(self, obs: list[Tensor]) -> Tensor:
         return torch.stack([F.pad(o, (0, self.obs_size - o.shape[1])) for o in obs[: self.num_learners]])
 
     @torch.no_grad()
     def environment_step(self) -> None:
+        if self.steps % self.env.episode_steps == 0:
+            self.obs = self.env.reset()
         obs = self.pad(self.obs)
-        if self.steps < self.warmup_steps:
-            action = torch.rand(self.num_learners, self.num_envs, 2) * 2 - 1
+        if self.steps < self.recipe.warmup_steps:
+            action = torch.rand(self.num_learners, self.num_envs, self.action_size) * 2 - 1
         else:
             action = torch.tanh(self.actor(obs))
             action = (action + self.explore_noise * torch.randn_like(action)).clamp(-1, 1)
         everybody = action.transpose(0, 1)
         if self.prey is not None and self.env.num_agents > self.num_learners:
             everybody = torch.cat([everybody, common.policy_action(self.prey, self.obs[-1])[:, None]], 1)
+        state = getattr(self.env, "state", None)
         next_obs, rewards = self.env.step(everybody)
-        row = torch.cat([obs, action, rewards.T[: self.num_learners, :, None], self.pad(next_obs)], -1)
-        self.buffer[:, self.steps] = row
+        self.buffer[:, self.steps] = transition(self.env, obs, action, rewards, self.pad(next_obs), state)
         self.steps += 1
-        self.obs = next_obs if self.steps % EPISODE_STEPS else self.env.reset()
+        self.obs = next_obs
 
     def update(self) -> None:
-        L, B, d = self.num_learners, self.batch_size, self.obs_size
+        L, C, B, recipe = self.num_learners, self.num_critics, self.batch_size, self.recipe
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            optimizer.param_groups[0]["lr"] = 1e-3 if self.updates < recipe.lr_drop else 3e-4
         rows = self.buffer.flatten(1, 2)  # [L, steps * num_envs, W]
-        index = torch.randint(self.steps * self.num_envs, (L, B)) + torch.arange(L)[:, None] * rows.shape[1]
+        index = torch.randint(self.steps * self.num_envs, (C, B)) + torch.arange(L)[:, None] * rows.shape[1]
         rows = rows.flatten(0, 1).index_select(0, index.flatten()).view(L, B, -1)
-        obs, action, reward, next_obs = rows.split([d, 2, 1, d], -1)
+        obs, action, reward, next_obs, _, *states = rows.split(self.widths, -1)
+        state, next_state = states or (None, None)
         with torch.no_grad():
             clip = self.target_noise_clip
             noise = (self.target_noise * torch.randn_like(action)).clamp(-clip, clip)
             next_action = (torch.tanh(self.target_actor(next_obs)) + noise).clamp(-1, 1)
-            next_q = self.q(self.target_critic, next_obs, next_action).amin(1)
-            target = self.reward_scale * reward[..., 0] + self.gamma * next_q  # the time limit is no terminal state
-        loss = (self.q(self.critic, obs, action) - target[:, None]).square().mean(-1).sum()
+            next_q = self.q(self.target_critic, next_obs, next_state, next_action).amin(1)
+            target = recipe.reward_scale * reward[:C, :, 0] + recipe.gamma * next_q  # a time limit is no terminal state
+        loss = (self.q(self.critic, obs, state, action) - target[:, None]).square().mean(-1).sum()
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
         self.updates += 1
         if self.updates % 2 == 0:  # delayed policy updates
             pre_tanh = self.actor(obs)
-            q = self.q(self.critic, obs, torch.tanh(pre_tanh))[:, 0]
-            loss = (self.action_penalty * pre_tanh.square().mean((1, 2)) - q.mean(1)).sum()
+            q = self.q(self.critic, obs, state, torch.tanh(pre_tanh))[:, 0]
+            loss = self.action_penalty * pre_tanh.square().mean((1, 2)).sum() - q.mean(1).sum()
             self.actor_optimizer.zero_grad()
             loss.backward()
             self.actor_optimizer.step()
-            soft_update(self.target_actor, self.actor, self.rho)
-            soft_update(self.target_critic, self.critic, self.rho)
+            soft_update(self.target_actor, self.actor, recipe.rho)
+            soft_update(self.target_critic, self.critic, recipe.rho)
 
     def train(self, updates: int, bar: tqdm) -> None:
         for _ in range(updates):
-            while self.steps < self.warmup_steps:
+            while self.steps < self.recipe.warmup_steps:
                 self.environment_step()
             self.environment_step()
             self.update()
@@ -220,9 +292,30 @@ class TD3:
 
     def replay(self) -> Tensor:
         """What the buffer holds of whole episodes, one after the other: [L, T, W]."""
-        episodes = self.steps // EPISODE_STEPS
-        rows = self.buffer[:, : episodes * EPISODE_STEPS].unflatten(1, (episodes, EPISODE_STEPS))
-        return rows.transpose(2, 3).flatten(1, 3)  # [L, episodes, E, 25, W] -> [L, T, W]
+        length = self.env.episode_steps
+        rows = self.buffer[:, : self.steps // length * length].unflatten(1, (-1, length))
+        return rows.transpose(2, 3).flatten(1, 3)  # [L, episodes, E, length, W] -> [L, T, W]
+
+    def save(self, path: Path, **more) -> None:
+        """Write everything that going on bit for bit needs. Robots only, between two episodes."""
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        state |= {"steps": self.steps, "updates": self.updates, "rng": torch.get_rng_state(), **more}
+        state["env"] = self.env.random_state()
+        state["buffer"] = self.buffer[:, : self.steps].clone()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def load(self, path: Path) -> dict:
+        """Go on from what `save` wrote; returns it."""
+        state = common.load_torch(path)
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.steps, self.updates = state["steps"], state["updates"]
+        self.buffer[:, : self.steps] = state["buffer"]
+        self.env.set_random_state(state["env"])
+        torch.set_rng_state(state["rng"])
+        return state
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -230,58 +323,73 @@ class TD3:
 
 
 @torch.no_grad()
-def rollout(env: ParticleEnv, generator: torch.Generator, policies, prey) -> Tensor:
-    """Transitions of one episode in every world: [n, E * 25, W] with rows obs, action, reward, next_obs.
+def rollout(env, generator: torch.Generator, policies, prey) -> tuple[Tensor, Tensor]:
+    """One episode in every world.
 
     Args:
         policies: one state dict per controlled agent, acting with Gaussian noise of ACTION_NOISE; None for uniformly
             random actions. prey: its state dict, or None where there is none.
+
+    Returns:
+        rows [n, T, W] of transitions, one episode after the other, columns as `row_widths` says; the episodes' lengths
+        [E], shorter than the limit where a robot has fallen.
     """
-    n, E = env.spec.num_controlled, env.num_envs
-    obs, steps = env.reset(), []
-    for _ in range(EPISODE_STEPS):
+    n, E, A = env.num_controlled, env.num_envs, env.action_size
+    obs, steps, going = env.reset(), [], []
+    for _ in range(env.episode_steps):
         if policies is None:
-            action = torch.rand(E, n, 2, generator=generator) * 2 - 1
+            action = torch.rand(E, n, A, generator=generator) * 2 - 1
         else:
             action = torch.stack([common.policy_action(policies[i], obs[i]) for i in range(n)], 1)
-            action = (action + ACTION_NOISE * torch.randn(E, n, 2, generator=generator)).clamp(-1, 1)
+            action = (action + ACTION_NOISE * torch.randn(E, n, A, generator=generator)).clamp(-1, 1)
         everybody = action if prey is None else torch.cat([action, common.policy_action(prey, obs[n])[:, None]], 1)
+        state, fallen = getattr(env, "state", None), getattr(env, "terminated", np.zeros(E, bool))
         next_obs, rewards = env.step(everybody)
-        parts = [torch.stack(obs[:n]), action.transpose(0, 1), rewards.T[:n, :, None], torch.stack(next_obs[:n])]
-        steps.append(torch.cat(parts, -1))
+        rows = transition(env, torch.stack(obs[:n]), action.transpose(0, 1), rewards, torch.stack(next_obs[:n]), state)
+        steps.append(rows)
+        going.append(~torch.from_numpy(fallen))
         obs = next_obs
-    return torch.stack(steps, 2).flatten(1, 2)  # [n, E, 25, W] -> [n, T, W]
+    going = torch.stack(going, 1)  # [E, steps]
+    return torch.stack(steps, 2)[:, going], going.sum(1)
 
 
-def team_returns(rows: Tensor) -> Tensor:
+def team_returns(rows: Tensor, lengths: Tensor, reward_column: int) -> Tensor:
     """Episode returns of the team, [episodes]: mean over agents of the summed rewards."""
-    obs_size = (rows.shape[2] - 3) // 2
-    return rows[:, :, obs_size + 2].mean(0).view(-1, EPISODE_STEPS).sum(1)
+    episode = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return torch.zeros(len(lengths)).index_add_(0, episode, rows[:, :, reward_column].mean(0))
 
 
 def level(scenario: str, policies, prey) -> float:
-    """Mean return of policies with the data sets' action noise, on the same 400 episodes every time."""
-    env = ParticleEnv(scenario, 400, seed=1)
-    return team_returns(rollout(env, torch.Generator().manual_seed(1), policies, prey)).mean().item()
+    """Mean return of policies with the data sets' action noise, on the same episodes every time."""
+    env = make_env(scenario, RECIPES[scenario].level_episodes, seed=1)
+    rows, lengths = rollout(env, torch.Generator().manual_seed(1), policies, prey)
+    return team_returns(rows, lengths, env.obs_size + env.action_size).mean().item()
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Behaviour policies
 
 
-def train_to(td3: TD3, scenario: str, target: float, max_updates: int, bar: tqdm) -> float:
+def train_to(td3: TD3, scenario: str, target: float, max_updates: int, bar: tqdm, checkpoint=None) -> float:
     """Train until the policies' level reaches `target` or `max_updates` have been made; returns the level."""
     while True:
-        td3.train(250, bar)
+        if checkpoint is not None:
+            checkpoint()
+        td3.train(RECIPES[scenario].level_interval, bar)
         reached = level(scenario, td3.policies(), td3.prey)
         bar.set_postfix_str(f"return {reached:.1f} of {target:.1f}")
         if reached >= target or td3.updates >= max_updates:
             return reached
 
 
-def train_behaviour(scenario: str, seed: int) -> dict:
-    """Train prey, medium and expert policies from scratch: the contents of `pretrained/<scenario>.pt`."""
+def train_behaviour(scenario: str, seed: int, training_dir: str | Path = "training") -> dict:
+    """Train prey, medium and expert policies from scratch: the contents of `pretrained/<scenario>.pt`.
+
+    Robots take long. Every 10,000 updates they leave a checkpoint in `training_dir`, and a run that was interrupted
+    goes on from it, bit for bit.
+    """
     recipe, prey = RECIPES[scenario], None
+    path = Path(training_dir) / f"{scenario}-seed{seed}.pt"
     with tqdm(desc=f"train {scenario}", unit="update", dynamic_ncols=True) as bar:
         if recipe.prey_updates:
             together = TD3(scenario, None, recipe.prey_updates, seed)
@@ -289,9 +397,19 @@ def train_behaviour(scenario: str, seed: int) -> dict:
             prey = together.policies()[-1]
         td3 = TD3(scenario, prey, recipe.expert_updates, seed)
         levels, policies = {}, {}
+        if path.exists():
+            levels, policies = td3.load(path)["found"]
+            bar.update(td3.updates)
+
+        def checkpoint():
+            if scenario not in SCENARIOS and td3.updates and td3.updates % 10_000 == 0:
+                td3.save(path, found=(levels, policies))
+
         for name in ("medium", "expert"):
-            levels[name] = train_to(td3, scenario, recipe.published[name], recipe.expert_updates, bar)
-            policies[name] = [{"policy": p} for p in td3.policies()]
+            if name not in levels:
+                levels[name] = train_to(td3, scenario, recipe.published[name], recipe.expert_updates, bar, checkpoint)
+                policies[name] = [{"policy": p} for p in td3.policies()]
+    path.unlink(missing_ok=True)
     frozen = [] if prey is None else [{"policy": prey}]
     return {"agent_params": policies["expert"] + frozen, "medium": policies["medium"], "levels": levels, "seed": seed}
 
@@ -303,16 +421,15 @@ def load_behaviour(pretrained_dir: str | Path, scenario: str) -> dict:
         UserError: missing, unreadable or of another layout.
     """
     path = Path(pretrained_dir) / f"{scenario}.pt"
-    checkpoint, spec = common.load_torch(path), SCENARIOS[scenario]
-    n = spec.num_controlled
+    checkpoint, env = common.load_torch(path), make_env(scenario, 1, 0)
+    n = env.num_controlled
     try:
         everybody = [entry["policy"] for entry in checkpoint["agent_params"]]
         medium = [entry["policy"] for entry in checkpoint["medium"]]
-        sizes = ParticleEnv(scenario, 1).obs_sizes
         for policies in (everybody, medium + everybody[n:]):
-            for policy, size in zip(policies, sizes, strict=True):
+            for policy, size in zip(policies, env.obs_sizes, strict=True):
                 common.policy_action(policy, torch.zeros(1, size))
-        prey = everybody[n] if len(spec.agents) > n else None
+        prey = everybody[n] if env.num_agents > n else None
         return {"prey": prey, "expert": everybody[:n], "medium": medium, "seed": checkpoint["seed"]}
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{path}: not behaviour policies of {scenario}; retrain them with --train") from None
@@ -322,46 +439,92 @@ def load_behaviour(pretrained_dir: str | Path, scenario: str) -> dict:
 # Data sets
 
 
-def replay_rows(scenario: str, behaviour: dict) -> Tensor:
-    """The replay buffer of TD3 (against the frozen prey) when its policies reach the medium level: [n, T, W]."""
+def replay_rows(scenario: str, behaviour: dict) -> tuple[Tensor, int]:
+    """The replay buffer of TD3 (against the frozen prey) when its policies reach the medium level: rows [n, T, W] of
+    whole episodes, and their length."""
     recipe = RECIPES[scenario]
     with tqdm(desc=f"{scenario}/medium-replay: TD3 to the medium level", unit="update", dynamic_ncols=True) as bar:
         td3 = TD3(scenario, behaviour["prey"], recipe.expert_updates, behaviour["seed"])
         train_to(td3, scenario, recipe.published["medium"], recipe.expert_updates, bar)
-    return td3.replay()
+    return td3.replay(), td3.env.episode_steps
 
 
-def make_rows(scenario: str, dataset: str, behaviour: dict, num_episodes: int, seed: int):
-    """Yield a data set's transitions in blocks of whole episodes, each [n, T, W]."""
-    if dataset == "medium-replay":
-        rows = replay_rows(scenario, behaviour).unflatten(1, (-1, EPISODE_STEPS))
-        if rows.shape[1] > num_episodes:  # thin it out evenly: its policies improve from first to last
-            rows = rows[:, torch.linspace(0, rows.shape[1] - 1, num_episodes).long()]
-        yield rows.flatten(1, 2)
-        return
-    env = ParticleEnv(scenario, min(1_000, num_episodes), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    sources = dataset.split("-")  # the two halves of a mixture
-    for i, source in enumerate(sources):
-        left = (num_episodes + i) // len(sources)
+BLOCK = 25  # robots' episodes that one core rolls out together
+
+
+def rollout_block(scenario: str, num_envs: int, seed: tuple[int, ...], policies) -> tuple[Tensor, Tensor]:
+    """One episode of each of `num_envs` new robots, as `rollout` returns it: a piece of work for one core."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    return rollout(make_env(scenario, num_envs, seed), generator, policies, None)
+
+
+def robot_rollouts(scenario: str, policies, seed: tuple[int, ...], num_transitions: int):
+    """Yield blocks of episodes, at least `num_transitions` in all, the same on any number of cores.
+
+    On all of them if there is more than a block to do.
+    """
+    steps = make_env(scenario, 1, 0).episode_steps
+    num_envs = min(BLOCK, -(-num_transitions // steps))
+    work = ((scenario, num_envs, (*seed, block), policies) for block in count())
+    if num_transitions <= BLOCK * steps:
+        yield from starmap(rollout_block, work)
+    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    pending, left, expected = deque(), num_transitions, num_envs * steps
+    with pool:
         while left > 0:
-            rows = rollout(env, generator, behaviour.get(source), behaviour["prey"])
-            yield rows[:, : left * EPISODE_STEPS]
-            left -= env.num_envs
+            while not pending or (len(pending) <= os.cpu_count() and len(pending) * expected < left):
+                pending.append(pool.submit(rollout_block, *next(work)))
+            rows, lengths = pending.popleft().result()
+            expected = rows.shape[1]  # robots may fall early
+            left -= expected
+            yield rows, lengths
 
 
-def write_arrays(folder: Path, blocks, num_transitions: int, bar: tqdm) -> dict:
+def whole_episodes(blocks, num_transitions: int):
+    """Cut blocks of rows and lengths off before the first episode with which there were more than `num_transitions`."""
+    for rows, lengths in blocks:
+        fit = lengths[lengths.cumsum(0) <= num_transitions]
+        yield rows[:, : fit.sum()], fit
+        if len(fit) < len(lengths):
+            return
+        num_transitions -= fit.sum()
+        if num_transitions == 0:
+            return
+
+
+def make_rows(scenario: str, dataset: str, behaviour: dict, num_transitions: int, seed: int):
+    """Yield a data set's transitions in blocks of whole episodes, as `rollout` returns them."""
+    if dataset == "medium-replay":
+        rows, length = replay_rows(scenario, behaviour)
+        rows = rows.unflatten(1, (-1, length))
+        if rows.shape[1] > num_transitions // length:  # thin it out evenly: its policies improve from first to last
+            rows = rows[:, torch.linspace(0, rows.shape[1] - 1, num_transitions // length).long()]
+        yield rows.flatten(1, 2), torch.full((rows.shape[1],), length)
+        return
+    sources = dataset.split("-")  # the two halves of a mixture
+    if scenario in SCENARIOS:
+        env = make_env(scenario, min(1_000, num_transitions // EPISODE_STEPS), seed)
+        generator = torch.Generator().manual_seed(seed)
+    for i, source in enumerate(sources):
+        if scenario in SCENARIOS:
+            blocks = (rollout(env, generator, behaviour.get(source), behaviour["prey"]) for _ in count())
+            share = (num_transitions // EPISODE_STEPS + i) // len(sources) * EPISODE_STEPS
+        else:
+            share = num_transitions // len(sources)
+            blocks = robot_rollouts(scenario, behaviour.get(source), (seed, DATASETS.index(source)), share)
+        yield from whole_episodes(blocks, share)
+
+
+def write_arrays(folder: Path, widths: dict[str, int], blocks, num_transitions: int, bar: tqdm) -> dict:
     """Write blocks of rows as the layout's .npy files; returns what metadata.json says of the contents."""
     arrays, returns, done = None, [], 0
-    for rows in blocks:
-        n, T, W = rows.shape
-        d = (W - 3) // 2
+    for rows, lengths in blocks:
+        n, T, _ = rows.shape
         if arrays is None:
-            sizes = zip(FILES, (d, 2, 1, d, 1), strict=True)
-            arrays = {k: np.zeros((n, num_transitions, size), np.float32) for k, size in sizes}
-        for name, part in zip(FILES, rows.split([d, 2, 1, d], -1), strict=False):  # dones stay 0: no terminal states
+            arrays = {name: np.zeros((n, num_transitions, width), np.float32) for name, width in widths.items()}
+        for name, part in zip(widths, rows.split(list(widths.values()), -1), strict=True):
             arrays[name][:, done : done + T] = part.numpy()
-        returns.append(team_returns(rows))
+        returns.append(team_returns(rows, lengths, widths["obs"] + widths["acs"]))
         done += T
         bar.update(T)
     checksums = {}
@@ -395,24 +558,31 @@ def collect(
     Raises:
         UserError: it exists and `overwrite` is off, behaviour policies are missing, or the disk refuses.
     """
-    common.check_choice("--scenario", scenario, RECIPES)
+    if scenario not in RECIPES:  # a robot with another partition is named like HalfCheetah-6x1-obsk1
+        common.check_choice("--scenario", scenario.partition("-")[0], (*SCENARIOS, *ROBOTS))
     common.check_choice("--dataset", dataset, DATASETS)
-    num_episodes = num_transitions // EPISODE_STEPS
-    if num_episodes < 2:
-        raise UserError(f"--num-transitions {num_transitions}: must be at least 50, two episodes")
+    if scenario not in RECIPES and dataset != "random":
+        raise UserError(
+            f"{common.dataset_path(data_dir, scenario, dataset)}: missing, and there are no behaviour policies of "
+            f"{scenario} to make it with, only random data; put data of your own there"
+        )
+    env = make_env(scenario, 1, 0)
+    if num_transitions < 2 * env.episode_steps:
+        raise UserError(f"--num-transitions {num_transitions}: must be at least {2 * env.episode_steps}, two episodes")
+    num_transitions = num_transitions // env.episode_steps * env.episode_steps
     path = common.dataset_path(data_dir, scenario, dataset)
     target = path.parent
     if target.exists() and not overwrite:
         raise UserError(f"{target}: exists; pass --overwrite to replace it")
-    behaviour = load_behaviour(pretrained_dir, scenario)
+    robots_random = scenario not in SCENARIOS and dataset == "random"  # takes no policies
+    behaviour = {"prey": None} if robots_random else load_behaviour(pretrained_dir, scenario)
     temporary = target.with_name(f".{dataset}-{os.getpid()}-{time.time_ns()}.tmp")
     replaced = temporary.with_suffix(".old")
     try:
         (temporary / path.name).mkdir(parents=True)
-        bar = tqdm(desc=f"{scenario}/{dataset}", total=num_episodes * EPISODE_STEPS, unit="step", unit_scale=True)
-        with bar:
-            blocks = make_rows(scenario, dataset, behaviour, num_episodes, seed)
-            contents = write_arrays(temporary / path.name, blocks, num_episodes * EPISODE_STEPS, bar)
+        with tqdm(desc=f"{scenario}/{dataset}", total=num_transitions, unit="step", unit_scale=True) as bar:
+            blocks = make_rows(scenario, dataset, behaviour, num_transitions, seed)
+            contents = write_arrays(temporary / path.name, row_widths(env), blocks, num_transitions, bar)
         metadata = {
             "scenario": scenario,
             "dataset": dataset,
@@ -443,7 +613,8 @@ def main() -> None:
     args = common.parse(Args, __doc__)
     common.check_options(args)
     for scenario in args.scenario:
-        common.check_choice("--scenario", scenario, RECIPES)
+        choices = RECIPES if args.train else (*SCENARIOS, *ROBOTS)
+        common.check_choice("--scenario", scenario, choices)
     for dataset in args.dataset:
         common.check_choice("--dataset", dataset, DATASETS)
     if args.train:
@@ -473,7 +644,8 @@ def print_table(made: list[dict]) -> None:
         return
     print(f"\n{'data set':<28}{'transitions':>12}{'mean':>9}{'std':>8}{'max':>8}{'published':>11}")
     for m in made:
-        published = RECIPES[m["scenario"]].published.get(m["dataset"])
+        recipe = RECIPES.get(m["scenario"])
+        published = recipe and recipe.published.get(m["dataset"])
         print(
             f"{m['scenario'] + '/' + m['dataset']:<28}{m['transitions']:>12,}{m['return_mean']:>9.1f}"
             f"{m['return_std']:>8.1f}{m['return_max']:>8.1f}{'-' if published is None else published:>11}"

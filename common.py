@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -304,9 +305,10 @@ def policy_checksum(params: dict[str, Tensor]) -> str:
 
 @dataclass
 class Dataset:
-    """A data set in memory. T transitions in whole episodes of `episode_steps`, n agents."""
+    """A data set in memory. T transitions in whole episodes, one after the other; n agents."""
 
     rows: Tensor  # [n, T, 2 d + A + 2]: obs, action, reward, next_obs, done of each transition side by side
+    lengths: Tensor  # [episodes] number of rows of each
     returns: Tensor  # [episodes] team return: mean over agents of the sum of rewards
     path: Path
     metadata: dict  # of metadata.json, empty where there is none
@@ -380,7 +382,7 @@ def load_dataset(
             if len(array) != length:
                 raise UserError(f"{path}: {file.name} has {len(array)} rows, {first} {length}; {remedy}")
             columns.append(array)
-        if length == 0 or length % episode_steps:
+        if length == 0:
             raise UserError(f"{path}: {length} rows are no whole number of {episode_steps}-step episodes; {remedy}")
         if rows is None:
             rows = torch.empty(num_agents, length, 2 * obs_size + action_size + 2)
@@ -392,5 +394,28 @@ def load_dataset(
             start += array.shape[1]
             if not torch.isfinite(block).all():
                 raise UserError(f"{path / f'{name}_{agent}.npy'}: holds NaN or infinity; {remedy}")
+    lengths = episode_lengths(rows[:, :, -1].amax(0) > 0, episode_steps)
+    ends = lengths.cumsum(0)
+    if lengths[-1] != episode_steps and not rows[0, -1, -1]:
+        raise UserError(f"{path}: {length} rows are no whole number of {episode_steps}-step episodes; {remedy}")
+    rows[:, ends[lengths == episode_steps] - 1, -1] = 0  # some data sets mark the time limit, no terminal state
     rewards = rows[:, :, obs_size + action_size].double().mean(0)  # [T]
-    return Dataset(rows, rewards.view(-1, episode_steps).sum(1).float(), path, metadata)
+    returns = torch.zeros(len(lengths), dtype=torch.float64)
+    returns.index_add_(0, torch.arange(len(lengths)).repeat_interleave(lengths), rewards)
+    return Dataset(rows, lengths, returns.float(), path, metadata)
+
+
+def episode_lengths(done: Tensor, episode_steps: int) -> Tensor:
+    """Lengths of the episodes of a data set, [episodes]: each ends with a terminal state or after `episode_steps` rows.
+
+    Args:
+        done: [T] bool, true in the rows after which the state is terminal.
+    """
+    ends = (done.nonzero()[:, 0] + 1).tolist()
+    if not ends or ends[-1] < len(done):
+        ends.append(len(done))
+    lengths = []
+    for start, end in pairwise([0, *ends]):
+        whole, rest = divmod(end - start, episode_steps)
+        lengths += [episode_steps] * whole + [rest] * (rest > 0)
+    return torch.tensor(lengths)

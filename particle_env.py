@@ -152,6 +152,7 @@ class ParticleEnv:
         self.shift, self.device, self.dtype = shift, torch.device(device), dtype
         self.generator = torch.Generator(self.device).manual_seed(seed)
         spec = self.spec
+        self.num_controlled, self.action_size, self.episode_steps = spec.num_controlled, 2, EPISODE_STEPS
         self.num_agents, self.num_landmarks = len(spec.agents), len(spec.landmarks)
         n, m, solid = self.num_agents, self.num_landmarks, spec.num_solid
 
@@ -166,6 +167,7 @@ class ParticleEnv:
         self._contact_distance[torch.arange(n), torch.arange(n)] = -INF  # nobody collides with itself
         self._others = torch.tensor([[j for j in range(n) if j != i] for i in range(n)], device=self.device)
         self.obs_sizes = tuple(4 + 2 * m + 2 * (n - 1) + extra for extra in self._extra_sizes())
+        self.obs_size = self.obs_sizes[0]  # of the controlled agents
         self.agent_pos = torch.zeros(num_envs, n, 2, device=self.device, dtype=dtype)
         self.agent_vel = torch.zeros_like(self.agent_pos)
         self.landmark_pos = torch.zeros(num_envs, m, 2, device=self.device, dtype=dtype)

@@ -224,8 +224,8 @@ def test_retraining_and_the_replay_data(tmp_path, monkeypatch):
 
 
 def test_long_replay_data_are_thinned_out_evenly(tmp_path, collect, monkeypatch):
-    rows = torch.arange(40.0).repeat_interleave(EPISODE_STEPS).expand(N, 1, -1).transpose(1, 2).repeat(1, 1, 16 * 2 + 3)
-    monkeypatch.setattr(collect_datasets, "replay_rows", lambda *args: rows.clone())
+    rows = torch.arange(40.0).repeat_interleave(EPISODE_STEPS).expand(N, 1, -1).transpose(1, 2).repeat(1, 1, 16 * 2 + 4)
+    monkeypatch.setattr(collect_datasets, "replay_rows", lambda *args: (rows.clone(), EPISODE_STEPS))
     assert collect("simple_tag", "medium-replay", tmp_path, 250)["transitions"] == 250
     for array in arrays(tmp_path, "simple_tag", "medium-replay")["obs"]:
         episodes = array.reshape(10, EPISODE_STEPS * 16)

@@ -1,0 +1,1164 @@
+"""DOM2 (Diffusion Offline Multi-agent Model) on multi-agent MuJoCo, in one file.
+
+Every agent has its own diffusion policy and its own twin critics and learns from its own column of a fixed data set:
+training and execution are decentralised. The paper (arXiv 2307.01472) in the order of this file:
+
+    NoiseSchedule, dpm_solver (ddpm)         Sec. 4.1, Eq. 4     an action is Gaussian noise, denoised in a few steps
+    ResidualNoiseNet, MLPNoiseNet            Figure 8, Sec. 5.4  the noise network and its ablation
+    critic_loss                              Eq. 1               TD error + conservative (CQL) term
+    diffusion_loss, q_loss                   Eq. 3, Eq. 5        stay near the data + prefer high Q
+    augment                                  Algorithm 1         replicate high-return trajectories
+    train                                    Algorithm 2
+
+    python dom2_mujoco.py --dataset medium-replay            # trains, then prints the table
+    python dom2_mujoco.py --dataset medium-replay --eta 0    # the diffusion policy alone: cloning
+    python dom2_mujoco.py --help
+
+What this file shares with dom2_mpe.py is the same text, held together by a test.
+
+All learners train at once: a learner is one agent of one random seed, and every parameter, batch and loss has a
+leading learner axis. A linear layer of L learners is one batched matrix product, Algorithm 2's loop over agents
+disappears, and no learner's gradient touches another's. In shapes: L learners (seed-major: seed 0's agents first), S
+seeds, n agents, B minibatch, A action entries, d observation entries, K actions per observation, N denoising steps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import count, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+from common import UserError
+from mujoco_env import SCENARIOS, SHIFTS, MujocoEnv, task_name
+
+
+@dataclass
+class RunArgs:
+    """Options of a run, whatever the algorithm."""
+
+    scenario: str = "HalfCheetah"
+    """the robot: HalfCheetah, Ant, Hopper, Walker2d, Swimmer, Reacher, ManySegmentAnt or ManySegmentSwimmer"""
+    agent_conf: str | None = None
+    """partition of its joints among agents, such as 6x1; default: two agents (Hopper 3, ManySegmentSwimmer 10)"""
+    agent_obsk: int = 0
+    """an agent sees its own joints, and the angles of those at most so many joints away"""
+    dataset: str = "medium-replay"
+    """random, random-medium, medium-replay, medium, medium-expert or expert"""
+    data_dir: str = "datasets"
+    """folder of the data sets; one that is missing there is made first"""
+    data_fraction: float = 1.0
+    """share of the data set's trajectories to learn from, in (0, 1]"""
+    thresholds: tuple[float, ...] | None = None
+    """returns r_th above which a trajectory is replicated (Algorithm 1); default: --quantiles of the data's returns"""
+    quantiles: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95, 0.99)
+    """quantiles of the data set's returns used as thresholds"""
+    augment: bool = True
+    """replicate high-return trajectories (Algorithm 1), or learn from the data set as it is"""
+    seed: int = 0
+    """seed of the first of the runs, and of everything random"""
+    num_seeds: int = 1
+    """independent runs S, trained side by side in one program"""
+    updates: int | None = None
+    """gradient updates T of Algorithm 2; None here and below: from SETTINGS"""
+    batch_size: int = 256
+    """transitions per learner and update"""
+    raw_rewards: bool = False
+    """keep the rewards as they are instead of standardising them over the data set (mean 0, standard deviation 1)"""
+    reward_scale: float = 1.0
+    """factor on the (standardised) rewards"""
+
+    eval_interval: int = 10_000
+    """updates between evaluations in the standard environment"""
+    eval_episodes: int = 32
+    """episodes per seed of every evaluation"""
+    shift: tuple[str, ...] = ("random", "extreme")
+    """shifted environments of the final evaluation: random, extreme or none"""
+    cuda: bool = True
+    """use a GPU when there is one"""
+    compile: bool = False
+    """compile the update: a CUDA graph on a GPU; on a CPU torch.compile, which takes minutes to start"""
+    run_dir: str = "runs"
+    """folder in which this run's folder is made"""
+    resume: str | None = None
+    """run folder to continue with its options from its checkpoint; --updates may be raised"""
+    eval_only: str | None = None
+    """run folder whose checkpoint to evaluate without training"""
+    capture_video: bool = False
+    """write a GIF of the trained policy to the run folder"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+
+
+@dataclass
+class Args(RunArgs):
+    """Options of DOM2."""
+
+    actor_lr: float | None = None
+    """Adam's learning rate of the diffusion policies"""
+    critic_lr: float | None = None
+    """Adam's learning rate of the critics"""
+    gamma: float = 0.99
+    """discount factor; the time limit is not a terminal state, a fall is"""
+    rho: float = 0.005
+    """target networks move by this share of the difference each update (Algorithm 2, line 8)"""
+    eta: float | None = None
+    """weight of the Q-loss in Eq. 5; 0 is behaviour cloning with a diffusion policy"""
+    q_normaliser: str = "abs"
+    """normaliser of the Q-loss: "abs", E[abs(Q)], or "printed", Eq. 5's own E[Q], whose sign may be wrong"""
+    bc_weight: float = 1.0
+    """weight of the diffusion loss in Eq. 5"""
+    zeta: float | None = None
+    """weight of the conservative term in Eq. 1; 0 turns it off"""
+    max_grad_norm: float = 0.0
+    """largest gradient norm per learner and network; 0: no clipping"""
+
+    diffusion_steps: int = 5
+    """denoising steps N"""
+    beta_min: float = 0.1
+    """noise schedule: beta at diffusion time 0"""
+    beta_max: float = 10.0
+    """noise schedule: beta at diffusion time 1"""
+    solver: str = "dpm"
+    """dpm: the deterministic first-order DPM-Solver of Eq. 4; ddpm: ancestral sampling, fresh noise in every step"""
+    prediction: str = "action"
+    """what the noise network predicts: the clean "action" through tanh, rewritten as a noise, or the "noise" itself"""
+    noise_net: str = "mlp"
+    """residual (the U-net-like one of Figure 8) or mlp (the ablation)"""
+    widths: tuple[int, ...] = (128, 128, 128)
+    """widths of the noise network's layers; of its downward half for residual"""
+    critic_widths: tuple[int, ...] | None = None
+    """widths of the critics' hidden layers"""
+    eval_candidates: int = 1
+    """actions sampled per decision in evaluation; above 1, the one with the highest Q acts"""
+    bf16: bool = True
+    """hidden layers compute in bfloat16, about twice as fast; parameters, inputs, outputs and losses stay float32"""
+
+
+# What differs per data set, found by experiment (README, "Settings"). An option on the command line wins.
+SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta")
+SETTINGS = {
+    "random": (50_000, (128, 128), 3e-4, 1e-3, 10.0, 0.0),
+    "random-medium": (50_000, (128, 128), 3e-4, 1e-3, 5.0, 0.0),
+    "medium-replay": (50_000, (128, 128), 3e-4, 1e-3, 5.0, 0.0),
+    "medium": (50_000, (128, 128), 3e-4, 1e-3, 1.0, 0.1),
+    "medium-expert": (50_000, (128, 128), 3e-4, 1e-3, 1.0, 0.5),
+    "expert": (50_000, (128, 128), 3e-4, 1e-3, 1.0, 0.5),
+}
+
+
+def resolve(args: Args) -> Args:
+    """Fill the options left open from SETTINGS and check all of them.
+
+    Raises:
+        UserError: an option has no meaning.
+    """
+    common.check_choice("--scenario", args.scenario, SCENARIOS)
+    common.check_choice("--dataset", args.dataset, common.DATASETS)
+    for shift in args.shift:
+        common.check_choice("--shift", shift, (*SHIFTS, "none"))
+    common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
+    common.check_choice("--prediction", args.prediction, ("action", "noise"))
+    common.check_choice("--solver", args.solver, SOLVERS)
+    common.check_choice("--q-normaliser", args.q_normaliser, ("abs", "printed"))
+    args = common.fill(args, SETTING_NAMES, SETTINGS[args.dataset])
+    common.check_options(args)
+    if args.beta_min >= args.beta_max:
+        raise UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")
+    if args.eta == 0 and args.bc_weight == 0:
+        raise UserError("--eta 0 --bc-weight 0: nothing is left to learn from; give one of them a positive weight")
+    if args.eval_candidates > 1 and args.eta == 0:
+        raise UserError("--eval-candidates chooses by Q, but --eta 0 trains no critic; give --eta a positive weight")
+    return args
+
+
+def task(args: RunArgs) -> str:
+    return task_name(args.scenario, args.agent_conf, args.agent_obsk)
+
+
+def algorithm_name(args: Args) -> str:
+    return "dom2" if args.eta > 0 else "bc"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Diffusion (Sec. 4.1)
+
+
+class NoiseSchedule:
+    """The forward process a_tau = alpha(tau) a_0 + sigma(tau) eps, eps ~ N(0, I): the linear variance-preserving SDE.
+
+    Diffusion time tau runs from 0 (a clean action) to 1 (nearly pure noise). With beta(tau) = beta_min + tau (beta_max
+    - beta_min), log alpha(tau) = -1/2 int_0^tau beta = -(beta_max - beta_min) / 4 tau^2 - beta_min / 2 tau, and
+    sigma^2 = 1 - alpha^2. A larger beta_max leaves less of the action at tau = 1 (alpha(1) = 0.0066 at 20, 0.08 at 10).
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 10.0):
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def log_alpha(self, t):
+        return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
+
+    def alpha(self, t):
+        """alpha(t) of a float or a tensor of diffusion times."""
+        return torch.exp(self.log_alpha(t)) if isinstance(t, Tensor) else math.exp(self.log_alpha(t))
+
+    def sigma(self, t):
+        """sigma(t) of a float or a tensor of diffusion times."""
+        if isinstance(t, Tensor):
+            return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
+        return math.sqrt(-math.expm1(2 * self.log_alpha(t)))
+
+
+def time_grid(num_steps: int) -> list[float]:
+    """Diffusion times tau_N = 1 > ... > tau_0 = 1e-3, uniform: N + 1 floats, in denoising order."""
+    return [1e-3 + (1 - 1e-3) * i / num_steps for i in range(num_steps, -1, -1)]
+
+
+def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int, clip: bool = False) -> Tensor:
+    """First-order DPM-Solver from tau = 1 to 1e-3: the corrected Eq. 4, (3.7) in Lu et al. (2022).
+
+    a_{i-1} = alpha_{i-1} / alpha_i a_i - sigma_{i-1} (alpha_{i-1} sigma_i / (alpha_i sigma_{i-1}) - 1) eps(a_i, tau_i)
+
+    The paper prints the second term with its indices swapped, which diverges. Differentiable through all steps.
+
+    Args:
+        noise_fn: eps(a, tau) of noisy actions [..., A] and one diffusion time (a float) -> [..., A].
+        noise: a_N ~ N(0, I), [..., A].
+        clip: clip the clean action that every step predicts to [-1, 1].
+    """
+    grid = time_grid(num_steps)
+    a = noise
+    for s, t in pairwise(grid):  # from tau_i = s to tau_{i-1} = t
+        alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
+        eps = noise_fn(a, s)
+        if clip:
+            a0 = ((a - sigma_s * eps) / alpha_s).clamp(-1, 1)
+            eps = (a - alpha_s * a0) / sigma_s
+        a = alpha_t / alpha_s * a - sigma_t * (alpha_t * sigma_s / (alpha_s * sigma_t) - 1) * eps
+    return a
+
+
+def ddpm(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int, clip: bool = False) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020) on the same grid: `dpm_solver`'s stochastic alternative, Diffusion-QL's.
+
+    a_{i-1} ~ q(a_{i-1} | a_i, a_0), with the clean action a_0 = (a_i - sigma_i eps(a_i, tau_i)) / alpha_i. With a_i |
+    a_{i-1} ~ N(alpha a_{i-1}, v), alpha = alpha_i / alpha_{i-1} and v = sigma_i^2 - alpha^2 sigma_{i-1}^2, this is
+
+        N(alpha sigma_{i-1}^2 / sigma_i^2 a_i + alpha_{i-1} v / sigma_i^2 a_0,  v sigma_{i-1}^2 / sigma_i^2)
+
+    and the last step takes its mean.
+
+    Args:
+        noise: N(0, I), [..., N * A]: the chain's start and the noise of its steps but the last.
+    """
+    a, *fresh = noise.chunk(num_steps, -1)
+    fresh.append(torch.zeros_like(a))
+    for (s, t), eps_s in zip(pairwise(time_grid(num_steps)), fresh, strict=True):
+        alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
+        a0 = (a - sigma_s * noise_fn(a, s)) / alpha_s
+        if clip:
+            a0 = a0.clamp(-1, 1)
+        alpha, v = alpha_s / alpha_t, sigma_s**2 - (alpha_s / alpha_t * sigma_t) ** 2
+        mean = alpha * sigma_t**2 / sigma_s**2 * a + alpha_t * v / sigma_s**2 * a0
+        a = mean + math.sqrt(v) * sigma_t / sigma_s * eps_s
+    return a
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Networks. Every module holds L independent networks, one per learner. `precision` is the hidden layers' (None:
+# the inputs'); inputs, outputs and parameters keep theirs. `widths` is a tuple of ints.
+
+
+class StackedLinear(nn.Module):
+    """L independent linear layers as one batched matrix product, [L, B, in] -> [L, B, out]; nn.Linear's own start.
+
+    It computes in the precision of its input; the parameters stay as they are.
+    """
+
+    def __init__(self, num_learners: int, in_features: int, out_features: int):
+        super().__init__()
+        bound = in_features**-0.5
+        self.weight = nn.Parameter(torch.empty(num_learners, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_learners, 1, out_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[2] == 1:  # as a matrix product, one column is slow; the sum has the parameters' precision
+            return (x * self.weight.mT.to(x.dtype)).sum(-1, keepdim=True, dtype=self.bias.dtype) + self.bias
+        return self.cast(x.dtype)(x)
+
+    def cast(self, precision):
+        """The layer as a function of inputs of that precision, for those who call it often."""
+        weight, bias = self.weight.to(precision), self.bias.to(precision)
+        return lambda x: torch.baddbmm(bias, x, weight)
+
+
+class TimeFeatures(nn.Module):
+    """Random Fourier features of diffusion time (scale 30), 32 numbers: [L or 1, B] -> [L, B, 32]."""
+
+    def __init__(self, num_learners: int):
+        super().__init__()
+        self.register_buffer("frequency", torch.randn(num_learners, 1, 16) * 30)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = 2 * math.pi * self.frequency * t[..., None].to(self.frequency.dtype)
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class MLPNoiseNet(nn.Module):
+    """The ablation's noise network: an MLP of the noisy action, the observation and the time features."""
+
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, precision=None):
+        super().__init__()
+        self.precision = precision
+        self.time = TimeFeatures(num_learners)
+        self.obs_in = StackedLinear(num_learners, obs_size, widths[0])
+        self.time_in = StackedLinear(num_learners, 32, widths[0])
+        self.action_in = StackedLinear(num_learners, action_size, widths[0])
+        sizes = [*widths, action_size]
+        self.layers = nn.ModuleList(StackedLinear(num_learners, i, o) for i, o in pairwise(sizes))
+
+    def bind(self, obs: Tensor, times: Tensor):
+        """The network for these observations, and embeddings of the times: all that a denoising chain can share.
+
+        Args:
+            obs: [L, B, d]. times: [L, B], or [1, N] for the N times of a chain.
+
+        Returns:
+            f(a [L, B, A], embedding [L, B or 1, H]) -> [L, B, A], and the embeddings [L, B or N, H]
+        """
+        obs_part = self.obs_in(obs)
+        first, last = self.action_in.cast(obs.dtype), self.layers[-1].cast(obs.dtype)
+        hidden = [layer.cast(self.precision or obs.dtype) for layer in self.layers[:-1]]
+
+        def f(a: Tensor, time_part: Tensor) -> Tensor:
+            x = (first(a) + (obs_part + time_part)).to(dtype=self.precision)
+            for layer in hidden:
+                x = layer(F.silu(x))
+            return last(F.silu(x).to(a.dtype))
+
+        return f, self.time_in(self.time(times))
+
+
+class ResidualBlock(nn.Module):
+    """Two layers with the condition added between them, and a skip connection: [L, B, in] -> [L, B, out]."""
+
+    def __init__(self, num_learners: int, in_size: int, out_size: int, condition_size: int):
+        super().__init__()
+        self.dense1 = StackedLinear(num_learners, in_size, out_size)
+        self.dense2 = StackedLinear(num_learners, out_size, out_size)
+        self.condition = StackedLinear(num_learners, condition_size, out_size)
+        self.skip = StackedLinear(num_learners, in_size, out_size) if in_size != out_size else nn.Identity()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = F.silu(self.dense1(x)).to(condition.dtype) + self.condition(condition)
+        return F.silu(self.dense2(h)) + self.skip(x).to(condition.dtype)
+
+
+class ResidualNoiseNet(nn.Module):
+    """Figure 8's noise network, "resembling U-Net" after SfBC (Chen et al. 2022): residual blocks that narrow to a
+    middle block and widen again, each upward block also fed with its downward counterpart's output. A condition made of
+    the observation's and the time's embeddings enters every block. `widths` are those of the downward half.
+    """
+
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, precision=None):
+        super().__init__()
+        L, c = num_learners, 128
+        self.precision = precision
+        self.time = TimeFeatures(L)
+        self.obs_in = StackedLinear(L, obs_size, 32)
+        self.obs_condition = StackedLinear(L, 32, c)
+        self.time_condition = StackedLinear(L, 32, c)
+        self.condition = StackedLinear(L, c, c)
+        sizes = [action_size, *widths]
+        self.down = nn.ModuleList(ResidualBlock(L, i, o, c) for i, o in pairwise(sizes))
+        self.middle = ResidualBlock(L, widths[-1], widths[-1], c)
+        up = list(reversed(widths))  # an upward block takes the block before it and the skip of equal width
+        self.up = nn.ModuleList(ResidualBlock(L, 2 * i, o, c) for i, o in pairwise(up))
+        self.out = StackedLinear(L, 2 * widths[0], action_size)
+
+    def bind(self, obs: Tensor, times: Tensor):
+        """As of MLPNoiseNet."""
+        obs_part = self.obs_condition(F.silu(self.obs_in(obs)))
+
+        def f(a: Tensor, time_part: Tensor) -> Tensor:
+            condition = F.silu((obs_part + time_part).to(dtype=self.precision))
+            condition = F.silu(self.condition(condition))
+            skips, x = [], a
+            for block in self.down:
+                x = block(x, condition)
+                skips.append(x)
+            x = self.middle(x, condition)
+            for block in self.up:
+                x = block(torch.cat([x, skips.pop()], -1), condition)
+            return self.out(torch.cat([x, skips.pop()], -1).to(a.dtype))
+
+        return f, self.time_condition(self.time(times))
+
+
+SOLVERS = {"dpm": dpm_solver, "ddpm": ddpm}
+NOISE_NETS = {"residual": ResidualNoiseNet, "mlp": MLPNoiseNet}
+
+
+class DiffusionPolicy(nn.Module):
+    """pi_theta_j(a | o) of every learner: a noise network and the solver that turns noise into an action.
+
+    With prediction="noise" the network's output is eps_theta. With prediction="action" it is a clean action a0 =
+    tanh(f), and eps_theta = (a - alpha a0) / sigma is the noise that this means: the same family of noise functions and
+    the same solver, but every predicted action lies in the action box, and at its border gradients do not vanish.
+    """
+
+    def __init__(
+        self, net: nn.Module, schedule: NoiseSchedule, num_steps: int, prediction: str = "action", solver=dpm_solver
+    ):
+        super().__init__()
+        self.net, self.schedule, self.num_steps = net, schedule, num_steps
+        self.prediction, self.solver = prediction, solver
+        grid = torch.tensor([time_grid(num_steps)[:-1]], dtype=torch.float64)
+        self.register_buffer("grid", grid, persistent=False)  # [1, N]
+
+    def noise(self, f: Tensor, a: Tensor, t: float) -> Tensor:
+        """eps_theta(a, o, tau) from the network's output f [L, B, A] at a [L, B, A] and tau."""
+        if self.prediction == "noise":
+            return f
+        return (a - self.schedule.alpha(t) * torch.tanh(f)) / self.schedule.sigma(t)
+
+    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Denoise: observations [L, B, d] and Gaussian noise [L, B, A] -> actions [L, B, A] in [-1, 1].
+
+        ddpm needs noise for every step: [L, B, N * A].
+        """
+        f, embeddings = self.net.bind(obs, self.grid)
+        at = dict(zip(time_grid(self.num_steps)[:-1], embeddings.split(1, 1), strict=True))
+
+        def noise_fn(a: Tensor, t: float) -> Tensor:
+            return self.noise(f(a, at[t]), a, t)
+
+        a = self.solver(noise_fn, noise, self.schedule, self.num_steps, clip=self.prediction == "noise")
+        return a.clamp(-1, 1)
+
+
+class TwinCritic(nn.Module):
+    """Q_phi^1 and Q_phi^2 of every learner: obs [L, B, d], actions [L, B, K, A] -> [L, 2, B, K].
+
+    Parameters have leading axis 2 L, learner-major. The observation's share of the first layer is computed once for
+    all K actions.
+    """
+
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, precision=None):
+        super().__init__()
+        L = 2 * num_learners
+        self.precision = precision
+        self.obs_in = StackedLinear(L, obs_size, widths[0])
+        self.action_in = StackedLinear(L, action_size, widths[0])
+        sizes = [*widths, 1]
+        self.layers = nn.ModuleList(StackedLinear(L, i, o) for i, o in pairwise(sizes))
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        L, B, K, A = actions.shape
+        x = self.action_in(actions.reshape(L, B * K, A).repeat_interleave(2, 0)).view(2 * L, B, K, -1)
+        x = x + self.obs_in(obs.repeat_interleave(2, 0))[:, :, None]
+        x = x.flatten(1, 2).to(dtype=self.precision)  # [2 L, B * K, H]
+        for layer in self.layers:
+            x = layer(F.relu(x))
+        return x.view(L, 2, B, K)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Losses, one number per learner: [L]. Their sum has each learner's own gradient.
+
+
+class Batch(NamedTuple):
+    """A minibatch per learner, and every random number that its update needs."""
+
+    obs: Tensor  # [L, B, d]
+    action: Tensor  # [L, B, A]
+    reward: Tensor  # [L, B]
+    next_obs: Tensor  # [L, B, d]
+    done: Tensor  # [L, B], 1 after a terminal state
+    target_noise: Tensor  # [L, B, A], starts the target policy's chain ([L, B, N * A] for ddpm)
+    random_actions: Tensor  # [L, B, 10, A], uniform in [-1, 1]
+    tau: Tensor  # [L, B], diffusion times of Eq. 3
+    eps: Tensor  # [L, B, A], noise of Eq. 3
+    policy_noise: Tensor  # [L, B, A], starts the policy's chain
+
+
+def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float, zeta: float):
+    """Eq. 1, summed over the twin critics: TD error plus zeta times the conservative term.
+
+    (r + gamma (1 - done) min_k Qbar_k(o', pibar(o')) - Q(o, a))^2
+        + zeta (log sum_{10 uniform a~} exp Q(o, a~) - Q(o, a))
+
+    Returns:
+        loss [L], and a dict of metrics [L].
+    """
+    with torch.no_grad():
+        next_action = target_policy(batch.next_obs, batch.target_noise)
+        next_q = target_critic(batch.next_obs, next_action[:, :, None]).amin(1)[..., 0]  # [L, B]
+        target = (batch.reward + gamma * (1 - batch.done) * next_q)[:, None]  # [L, 1, B]
+    actions = batch.action[:, :, None]
+    if zeta > 0:
+        actions = torch.cat([actions, batch.random_actions], 2)  # [L, B, 11, A]
+    q = critic(batch.obs, actions)  # [L, 2, B, 1 or 11]
+    td = (target - q[..., 0]).square().mean(-1).sum(1)
+    metrics = {"losses/td": td.detach(), "charts/q_data": q[..., 0].detach().mean((1, 2))}
+    if zeta == 0:
+        return td, metrics
+    conservative = (q[..., 1:].logsumexp(-1) - q[..., 0]).mean(-1).sum(1)
+    metrics["losses/conservative"] = conservative.detach()
+    metrics["charts/q_random"] = q[..., 1:].detach().mean((1, 2, 3))
+    return td + zeta * conservative, metrics
+
+
+def diffusion_loss(policy: DiffusionPolicy, batch: Batch) -> Tensor:
+    """Eq. 3, [L]: squared error of the predicted noise, tau uniform over the solver's grid.
+
+    With prediction="action" the squared error of the clean action instead: Eq. 3 with each tau weighted by
+    (sigma / alpha)^2, since eps - eps_theta = alpha / sigma (a0_theta - a0).
+    """
+    tau = batch.tau[..., None]
+    noisy = policy.schedule.alpha(tau) * batch.action + policy.schedule.sigma(tau) * batch.eps
+    net, embedding = policy.net.bind(batch.obs, batch.tau)
+    f = net(noisy, embedding)
+    error = f - batch.eps if policy.prediction == "noise" else torch.tanh(f) - batch.action
+    return error.square().sum(-1).mean(-1)
+
+
+def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float, normaliser: str = "abs"):
+    """The Q-loss of Eq. 5: -eta E[Q(o, pi(o))] / E[abs(Q(o, a))], through all denoising steps.
+
+    The paper prints the normaliser without abs ("printed"): a negative mean Q flips the objective's sign. It is a
+    constant for the gradient. Q is the first of the twins, as in TD3.
+
+    Returns:
+        loss [L], and a dict of metrics [L].
+    """
+    action = policy(batch.obs, batch.policy_noise)
+    q = critic(batch.obs, torch.stack([batch.action, action], 2))[:, 0]  # [L, B, 2]
+    q_data = q[..., 0].detach()
+    scale = (q_data.abs() if normaliser == "abs" else q_data).mean(-1)
+    loss = -eta * q[..., 1].mean(-1) / scale
+    saturated = (action.detach().abs() > 0.99).float().mean((1, 2))
+    return loss, {"charts/q_policy": q[..., 1].detach().mean(-1), "charts/saturation": saturated}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data augmentation (Sec. 4.3)
+
+
+def augment(returns: Tensor, thresholds) -> Tensor:
+    """Algorithm 1: indices of the trajectories, each once and once more for every threshold that its return reaches.
+
+    Sampling these indices uniformly samples trajectory i with weight 1 + #{r_th <= returns[i]}; no data are copied.
+
+    Args:
+        returns: [episodes]. thresholds: K floats.
+
+    Returns:
+        int64 indices [episodes + replicas].
+    """
+    everything = torch.arange(len(returns))
+    return torch.cat([everything, *(everything[returns >= r] for r in thresholds)])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training (Algorithm 2)
+
+
+def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
+    """Policies, critics and their target copies, all with a leading learner axis (Algorithm 2, line 1)."""
+    precision = torch.bfloat16 if args.bf16 else None
+
+    def policy():
+        net = NOISE_NETS[args.noise_net](num_learners, obs_size, action_size, args.widths, precision)
+        schedule = NoiseSchedule(args.beta_min, args.beta_max)
+        return DiffusionPolicy(net, schedule, args.diffusion_steps, args.prediction, SOLVERS[args.solver])
+
+    def critic():
+        return TwinCritic(num_learners, obs_size, action_size, args.critic_widths, precision)
+
+    learners = nn.ModuleDict(
+        {"policy": policy(), "critic": critic(), "target_policy": policy(), "target_critic": critic()}
+    )
+    for name in ("policy", "critic"):
+        learners[f"target_{name}"].load_state_dict(learners[name].state_dict())
+        learners[f"target_{name}"].requires_grad_(False)
+    return learners.to(device)
+
+
+def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
+    """Adam is elementwise: on stacked parameters it is one Adam per learner."""
+    options = {"fused": True, "capturable": next(learners.parameters()).is_cuda}  # as CUDA graphs need it
+    lr = {"policy": args.actor_lr, "critic": args.critic_lr}
+    return {name: torch.optim.Adam(learners[name].parameters(), lr[name], **options) for name in lr}
+
+
+def clip_gradients(module: nn.Module, num_learners: int, max_norm: float) -> None:
+    """Scale each learner's gradient of a stacked module to a norm of at most `max_norm`."""
+    grads = [p.grad.view(num_learners, -1) for p in module.parameters()]
+    norm = sum(g.square().sum(1) for g in grads).sqrt()  # [L]
+    scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(scale[:, None])
+
+
+def soft_update(target: nn.Module, source: nn.Module, rho: float) -> None:
+    """Algorithm 2, line 8: target <- rho source + (1 - rho) target."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rho)
+
+
+def standardise_rewards(rows: Tensor, obs_size: int) -> None:
+    """In place: rewards of all agents to standard deviation 1 and, without terminal states, mean 0.
+
+    Without terminal states a constant added to every reward adds the same to every Q-value: no policy gains by it, but
+    the critics need not learn a large offset, and E[abs(Q)], Eq. 5's normaliser, measures how much states differ.
+    """
+    reward, done = rows[:, :, -obs_size - 2], rows[:, :, -1]
+    mean, std = reward.double().mean(), reward.double().std()
+    reward.sub_(mean.float() * (1 - done.amax())).div_(std.clamp(min=1e-8).float())
+
+
+class Data(NamedTuple):
+    """The data set as training sees it, on the device: n agents, T transitions, trajectory after trajectory."""
+
+    rows: Tensor  # [n, T, W] as in common.Dataset, rewards standardised
+    starts: Tensor  # [trajectories], row in which each begins
+    lengths: Tensor  # [trajectories], its number of rows
+    episodes: Tensor  # `augment`'s indices of (replicated) trajectories
+    index: Tensor  # the rows of all those trajectories: sampled uniformly, this is Algorithm 1's data set
+    obs_size: int
+    stats: dict  # mean, std and max of the returns, number of transitions
+
+
+def sample_transitions(data: Data, num_learners: int, batch_size: int) -> tuple[Tensor, ...]:
+    """Algorithm 2, line 5: an independent minibatch for each learner, from its own agent's column.
+
+    Returns:
+        obs [L, B, d], action [L, B, A], reward [L, B], next_obs [L, B, d], done [L, B]
+    """
+    n, T, W = data.rows.shape
+    L, B, d, device = num_learners, batch_size, data.obs_size, data.rows.device
+    row = data.index[torch.randint(len(data.index), (L, B), device=device)]
+    row = row + torch.arange(L, device=device)[:, None] % n * T
+    batch = data.rows.view(n * T, W).index_select(0, row.flatten()).view(L, B, W)
+    obs, action, reward, next_obs, done = batch.split([d, W - 2 * d - 2, 1, d, 1], -1)
+    return obs, action, reward[..., 0], next_obs, done[..., 0]
+
+
+def sample_batch(data: Data, args: Args, num_learners: int) -> Batch:
+    """Minibatches for all learners, and the random numbers of their update."""
+    transitions = sample_transitions(data, num_learners, args.batch_size)
+    L, B, A = transitions[1].shape
+    N, device = args.diffusion_steps, data.rows.device
+    chain = N * A if args.solver == "ddpm" else A
+    return Batch(
+        *transitions,
+        target_noise=torch.randn(L, B, chain, device=device),
+        random_actions=torch.rand(L, B, 10, A, device=device) * 2 - 1,
+        tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,  # of `time_grid`
+        eps=torch.randn(L, B, A, device=device),
+        policy_noise=torch.randn(L, B, chain, device=device),
+    )
+
+
+def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """Algorithm 2, lines 6-8, for all learners at once. Returns metrics, each [L]."""
+    L = len(batch.obs)
+    metrics = {}
+    if args.eta > 0:
+        loss, metrics = critic_loss(
+            learners["critic"], learners["target_critic"], learners["target_policy"], batch, args.gamma, args.zeta
+        )
+        optimizers["critic"].zero_grad()
+        loss.sum().backward()
+        if args.max_grad_norm > 0:
+            clip_gradients(learners["critic"], L, args.max_grad_norm)
+        optimizers["critic"].step()
+
+    bc = diffusion_loss(learners["policy"], batch)
+    metrics["losses/diffusion"] = bc.detach()
+    loss = args.bc_weight * bc
+    if args.eta > 0:
+        learners["critic"].requires_grad_(False)  # Eq. 5 is minimised over theta alone
+        q, q_metrics = q_loss(learners["policy"], learners["critic"], batch, args.eta, args.q_normaliser)
+        learners["critic"].requires_grad_(True)
+        loss = loss + q
+        metrics |= q_metrics | {"losses/q": q.detach()}
+    optimizers["policy"].zero_grad()
+    loss.sum().backward()
+    if args.max_grad_norm > 0:
+        clip_gradients(learners["policy"], L, args.max_grad_norm)
+    optimizers["policy"].step()
+
+    soft_update(learners["target_policy"], learners["policy"], args.rho)
+    if args.eta > 0:
+        soft_update(learners["target_critic"], learners["critic"], args.rho)
+    return metrics
+
+
+def cuda_graph(step):
+    """`step()` as one CUDA graph: three ordinary calls, then it is recorded once and replayed at every further call.
+
+    A small update is some thousand kernels of a few microseconds, and starting them one by one takes longer than they
+    run. `step` must work on the same tensors every time and copy nothing from or to the host.
+    """
+    stream, graph, calls, output = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, None
+
+    def replay():
+        nonlocal calls, output
+        calls += 1
+        if calls <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                output = step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return output
+        if calls == 4:
+            with torch.cuda.graph(graph):
+                output = step()
+        graph.replay()
+        return output
+
+    return replay
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
+    """Sample actions: obs [L, E, d] -> [L, E, A]; the best by Q of `eval_candidates` where that is above 1."""
+    L, E, _ = obs.shape
+    K, A = args.eval_candidates, learners["critic"].action_in.weight.shape[1]
+    chain = args.diffusion_steps * A if args.solver == "ddpm" else A
+    noise = torch.randn(L, E * K, chain, generator=generator, device=obs.device)
+    actions = learners["policy"](obs.repeat_interleave(K, 1), noise).view(L, E, K, A)
+    if K == 1:
+        return actions[:, :, 0]
+    best = learners["critic"](obs, actions).amin(1).argmax(-1)  # [L, E]
+    return actions.take_along_dim(best[..., None, None], 2)[:, :, 0]
+
+
+@torch.no_grad()
+def rollout(act, args: RunArgs, env: MujocoEnv, device, on_step=None) -> Tensor:
+    """Play one episode in every environment, shared out over the S seeds' teams: team returns [S, E].
+
+    `act` maps observations [L, E, d] and a torch.Generator to actions [L, E, A].
+    """
+    S, n = args.num_seeds, env.num_agents
+    E = env.num_envs // S
+    generator = torch.Generator(device).manual_seed(args.seed + 20_000)
+    obs, returns = env.reset(), torch.zeros(env.num_envs)
+    for _ in range(env.episode_steps):
+        if on_step is not None:
+            on_step()
+        x = torch.from_numpy(obs).to(device).view(S, E, n, -1).transpose(1, 2).flatten(0, 1)  # [L, E, d], seed-major
+        actions = act(x, generator).view(S, n, E, -1).transpose(1, 2).flatten(0, 1)  # [S * E, n, A]
+        obs, reward, terminated = env.step(actions.cpu().numpy())
+        returns += torch.from_numpy(reward)
+        if terminated.all():
+            break
+    return returns.view(S, E)
+
+
+def evaluate(act, args: RunArgs, shift: str, device) -> Tensor:
+    """Mean return of each seed's team over `eval_episodes` episodes, [S], on the CPU.
+
+    The first states and the robots depend on `args.seed` and the shift alone, so every algorithm meets the same ones.
+    """
+    env = MujocoEnv(task(args), args.num_seeds * args.eval_episodes, shift, seed=args.seed + 10_000)
+    return rollout(act, args, env, device).mean(1)
+
+
+def action_std(act, data: Data, num_learners: int) -> float:
+    """Spread of the actions that one observation gets, averaged over 256 observations; 0: a deterministic policy."""
+    rows, L = data.rows, num_learners
+    obs = rows[torch.arange(L) % len(rows), :: max(1, rows.shape[1] // 256), : data.obs_size][:, :256]
+    generator = torch.Generator(rows.device).manual_seed(0)
+    return torch.stack([act(obs, generator) for _ in range(16)]).std(0).mean().item()
+
+
+def milliseconds_per_action(act, num_learners: int, obs_size: int, device) -> float:
+    """Time in which every learner decides on one observation, the median of 30 calls."""
+    obs, generator, times = torch.zeros(num_learners, 1, obs_size, device=device), torch.Generator(device), []
+    for _ in range(30):
+        start = time.perf_counter()
+        act(obs, generator).cpu()  # waits for the result
+        times.append(time.perf_counter() - start)
+    return round(1e3 * sorted(times)[15], 3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def save_checkpoint(path: Path, args: RunArgs, updates: int, learners, optimizers, data_stats) -> None:
+    """Everything that continuing bit for bit needs; the checkpoint before is kept as checkpoint-previous.pt."""
+    checkpoint = {
+        "args": asdict(args),
+        "updates": updates,
+        "learners": learners.state_dict(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+        "data": data_stats,
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    torch.save(checkpoint, path / "checkpoint.tmp")
+    if (path / "checkpoint.pt").exists():
+        os.replace(path / "checkpoint.pt", path / "checkpoint-previous.pt")
+    os.replace(path / "checkpoint.tmp", path / "checkpoint.pt")
+
+
+def load_checkpoint(run: str | Path, args_class=Args) -> tuple[RunArgs, dict]:
+    """Options and contents of a run folder's checkpoint, or of the one before it if the newest cannot be read.
+
+    Raises:
+        UserError: there is none, or it is damaged or another program's.
+    """
+    path, previous = Path(run) / "checkpoint.pt", Path(run) / "checkpoint-previous.pt"
+    try:
+        checkpoint = common.load_torch(path)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        checkpoint = common.load_torch(previous)
+        os.replace(previous, path)
+        print(f"warning: {error}; using the one before, of update {checkpoint['updates']}", file=sys.stderr)
+    try:
+        if not {"updates", "learners", "optimizers", "data", "rng", "cuda_rng"} <= checkpoint.keys():
+            raise KeyError
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
+        return args_class(**options), checkpoint
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a checkpoint of this script; give a run folder that it wrote") from None
+
+
+def restore(learners: nn.ModuleDict, optimizers: dict, checkpoint: dict, run: str | Path) -> None:
+    try:
+        learners.load_state_dict(checkpoint["learners"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(checkpoint["optimizers"][name])
+    except (KeyError, RuntimeError, ValueError):
+        raise UserError(f"{run}/checkpoint.pt: its networks do not fit its options; the file is damaged") from None
+
+
+def load_policy(run: str | Path, seed_index: int = 0):
+    """A trained policy as a function from PettingZoo observations to actions, both dicts by agent name.
+
+    The agents of one seed act.
+
+    Raises:
+        UserError: no such run, or a damaged one.
+    """
+    args, checkpoint = load_checkpoint(run)
+    if not 0 <= seed_index < args.num_seeds:
+        raise UserError(f"seed_index {seed_index}: {run} holds {args.num_seeds} seeds")
+    env = MujocoEnv(task(args), 1)
+    learners = make_learners(args, env.num_agents, env.obs_size, env.action_size, "cpu")
+    # the learner axis is seed-major: cut out this seed's agents
+    chosen = {k: v.unflatten(0, (args.num_seeds, -1))[seed_index] for k, v in checkpoint["learners"].items()}
+    restore(learners, {}, {"learners": chosen}, run)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def policy(observations: dict) -> dict:
+        obs = [torch.as_tensor(obs, dtype=torch.float32) for obs in observations.values()]
+        obs = torch.stack([F.pad(o, (0, env.obs_size - len(o))) for o in obs])  # [n, d]
+        actions = act(learners, obs[:, None], args, generator)[:, 0]
+        return dict(zip(observations, actions.numpy(), strict=True))
+
+    return policy
+
+
+def new_run_dir(args: RunArgs, algorithm_name: str) -> Path:
+    """Make and return a folder that no other run has, also when two start in the same second."""
+    name = f"{algorithm_name}-{args.scenario}-{args.dataset}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
+        path = Path(args.run_dir) / (name + suffix)
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"--run-dir {args.run_dir}: {error.strerror}; choose another folder") from None
+    raise UserError(f"--run-dir {args.run_dir}: holds too many runs of this second")
+
+
+def rows_of(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Indices of the rows of trajectories, one after the other: starts and lengths [k] -> [sum of lengths]."""
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
+
+
+def load_data(args: RunArgs, env: MujocoEnv, device) -> Data:
+    """Load the data set, making it first if there is none, keep `data_fraction` of it, and augment it.
+
+    Raises:
+        UserError: it is damaged, or there is none and no policies to make it with.
+    """
+    if not common.dataset_path(args.data_dir, env.task, args.dataset).parent.exists():
+        import collect_datasets  # only when it is needed
+
+        with torch.random.fork_rng():  # so that this run equals the next one, which finds the data set made
+            collect_datasets.collect(env.task, args.dataset, data_dir=args.data_dir)
+    sizes = env.obs_size, env.action_size, env.num_agents, env.episode_steps
+    data = common.load_dataset(args.data_dir, env.task, args.dataset, *sizes)
+    rows, lengths, returns, obs_size = data.rows, data.lengths, data.returns, env.obs_size
+    starts = lengths.cumsum(0) - lengths
+    if args.data_fraction < 1:
+        kept = torch.randperm(len(returns))[: max(1, round(args.data_fraction * len(returns)))]
+        rows, lengths, returns = rows[:, rows_of(starts[kept], lengths[kept])], lengths[kept], returns[kept]
+        starts = lengths.cumsum(0) - lengths
+    if not args.raw_rewards:
+        standardise_rewards(rows, obs_size)
+    rows[:, :, -obs_size - 2] *= args.reward_scale
+    thresholds = ()
+    if args.augment:
+        thresholds = args.thresholds or torch.quantile(returns, torch.tensor(args.quantiles)).tolist()
+    stats = {
+        "mean": returns.mean().item(),
+        "std": returns.std(correction=0).item(),
+        "max": returns.max().item(),
+        "transitions": rows.shape[1],
+    }
+    episodes = augment(returns, thresholds)
+    index = rows_of(starts[episodes], lengths[episodes])
+    rows, starts, lengths, episodes, index = (x.to(device) for x in (rows, starts, lengths, episodes, index))
+    return Data(rows, starts, lengths, episodes, index, obs_size, stats)
+
+
+def train(args: RunArgs, algorithm) -> dict:
+    """Train and evaluate: Algorithm 2 with its data, logging, checkpoints and results.
+
+    Args:
+        algorithm: a module that has what this one has under the same names: Args, algorithm_name, resolve,
+            make_learners, make_optimizers, sample_batch, update and act. The baselines pass themselves.
+
+    Returns:
+        what `results.json` in the run folder holds
+
+    Raises:
+        UserError: an option, the data set or a checkpoint does not fit, or the losses are no longer finite.
+    """
+    started = time.time()
+    checkpoint = None
+    if args.resume or args.eval_only:
+        run = Path(args.resume or args.eval_only)
+        stored, checkpoint = load_checkpoint(run, algorithm.Args)
+        for option in ("scenario", "dataset"):
+            if getattr(args, option) not in (getattr(stored, option), getattr(algorithm.Args, option)):
+                raise UserError(f"--{option} {getattr(args, option)}: {run} was trained on {getattr(stored, option)}")
+        if args.data_dir == algorithm.Args.data_dir:  # not given: where the data were
+            args = replace(args, data_dir=stored.data_dir)
+        if args.resume and args.updates and args.updates < checkpoint["updates"]:
+            raise UserError(f"--updates {args.updates}: {run} has made {checkpoint['updates']} already")
+        names = ["resume", "eval_only", "data_dir", "cuda", "capture_video"]
+        if args.resume:
+            names += ["updates"] if args.updates else []
+        else:
+            names += [name for name in ("eval_episodes", "eval_candidates", "shift") if hasattr(args, name)]
+            stored.updates = checkpoint["updates"]
+        args = replace(stored, **{name: getattr(args, name) for name in names})
+    args = algorithm.resolve(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise UserError("--track: wandb is not installed; run `pip install wandb`")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    try:
+        env = MujocoEnv(task(args), 1)
+    except ValueError as error:
+        raise UserError(f"--scenario {args.scenario}: {error}") from None
+    obs_size, action_size, n = env.obs_size, env.action_size, env.num_agents
+    num_learners = args.num_seeds * n
+
+    torch.manual_seed(args.seed)
+    data = None if args.eval_only else load_data(args, env, device)
+    learners = algorithm.make_learners(args, num_learners, obs_size, action_size, device)
+    optimizers = algorithm.make_optimizers(args, learners)
+    first_update = 0
+    if checkpoint is not None:
+        restore(learners, optimizers, checkpoint, run)
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        first_update = checkpoint["updates"]
+    else:
+        run = new_run_dir(args, algorithm.algorithm_name(args))
+        (run / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+
+    def act(obs, generator):
+        return algorithm.act(learners, obs, args, generator)
+
+    if not args.eval_only:
+        print(f"{args.scenario}/{args.dataset}: {num_learners} learners ({args.num_seeds} seeds x {n} agents), {run}")
+        fit(args, algorithm, learners, optimizers, data, first_update, run)
+    results = {
+        "algorithm": algorithm.algorithm_name(args),
+        "scenario": args.scenario,
+        "dataset": args.dataset,
+        "num_seeds": args.num_seeds,
+        "updates": args.updates,
+        "eval_episodes": args.eval_episodes,
+        "returns": {
+            shift: evaluate(act, args, shift, device).tolist() for shift in dict.fromkeys(("none", *args.shift))
+        },
+        "data": checkpoint["data"] if data is None else data.stats,
+        "milliseconds_per_action": milliseconds_per_action(act, num_learners, obs_size, device),
+        "settings": asdict(args),
+        "hardware": hardware(device),
+        "seconds": round(time.time() - started, 1),
+        "command": "python " + " ".join(sys.argv),
+        "commit": git_commit(),
+    }
+    name = "evaluation.json" if args.eval_only else "results.json"
+    (run / name).write_text(json.dumps(results, indent=2) + "\n")
+    print_table(results)
+    if args.capture_video:
+        try:
+            print(f"wrote {write_gif(act, args, device, run / 'policy.gif')}")
+        except RuntimeError as error:
+            print(f"--capture-video: {error}; install EGL or OSMesa and set MUJOCO_GL=egl or osmesa", file=sys.stderr)
+    print(f"{run}: {name}, checkpoint.pt, TensorBoard events")
+    return results
+
+
+def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, first_update: int, run: Path) -> None:
+    """The loop of Algorithm 2, with its progress bar, logging, evaluations and checkpoints."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help needs none of it
+
+    if args.track:
+        import wandb
+
+        wandb.init(project="dom2", name=run.name, config=asdict(args), sync_tensorboard=True)
+    device, n = data.rows.device, len(data.rows)
+    L = args.num_seeds * n
+
+    def step():
+        return algorithm.update(learners, optimizers, algorithm.sample_batch(data, args, L), args)
+
+    def act(obs, generator):
+        return algorithm.act(learners, obs, args, generator)
+
+    if args.compile:
+        step = cuda_graph(step) if device.type == "cuda" else torch.compile(step)
+    writer = SummaryWriter(run, purge_step=first_update + 1)
+    bar = tqdm(total=args.updates, initial=first_update, unit="update", dynamic_ncols=True)
+    with writer, bar, common.catch_signals() as stopped:
+        for u in range(first_update + 1, args.updates + 1):
+            metrics = step()
+            bar.update()
+            evaluates = u % args.eval_interval == 0 or u == args.updates
+            if u % 100 == 0 or evaluates or stopped:
+                for tag, value in metrics.items():
+                    if not torch.isfinite(value).all():
+                        learner = int((~torch.isfinite(value)).nonzero()[0])
+                        seed, agent = args.seed + learner // n, learner % n
+                        raise UserError(
+                            f"update {u}: {tag} of seed {seed}, agent {agent} is not finite; continue from the last "
+                            f"checkpoint in {run} or lower the learning rates"
+                        )
+                    writer.add_scalar(tag, value.mean().item(), u)
+            if evaluates:
+                score = evaluate(act, args, "none", device).mean().item()
+                writer.add_scalar("charts/episodic_return", score, u)
+                if args.scenario in common.NORMALISATION:
+                    writer.add_scalar("charts/normalised_score", common.normalised_score(args.scenario, score), u)
+                writer.add_scalar("charts/action_std", action_std(act, data, L), u)
+                bar.set_postfix_str(f"return {score:.1f}")
+                bar.refresh()
+            if evaluates or stopped:
+                save_checkpoint(run, args, u, learners, optimizers, data.stats)
+            if stopped:
+                bar.close()
+                script = os.path.relpath(algorithm.__file__)
+                print(f"stopped after update {u}; go on with: python {script} --resume {run}")
+                raise SystemExit(128 + stopped[0])
+
+
+def print_table(results: dict) -> None:
+    """The closing table: one line per environment."""
+    scenario, dataset, data = results["scenario"], results["dataset"], results["data"]
+    paper_name = common.PAPER_NAMES.get(results["algorithm"], "DOM2")
+    seeds, episodes = results["num_seeds"], results["eval_episodes"]
+    print(
+        f"\n{results['algorithm'].upper()} on {scenario}/{dataset}, last parameters ({results['updates']:,} updates),"
+    )
+    print(f"mean return of {episodes:,} episodes for each of {seeds} seeds, mean ± std over seeds\n")
+    paper_column = f"paper ({paper_name})"
+    print(f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{paper_column:>17}")
+    for shift, returns in results["returns"].items():
+        x = torch.tensor(returns)
+        normalised = common.NORMALISATION.get(scenario) and common.normalised_score(scenario, x.mean().item())
+        paper = common.paper_result(scenario, dataset, shift, paper_name)
+        print(
+            f"{'standard' if shift == 'none' else shift:<12} {f'{x.mean():.1f} ± {x.std(correction=0):.1f}':>16} "
+            f"{'-' if normalised is None else f'{normalised:.1f}':>11} {data['mean']:>10.1f} {data['max']:>9.1f} "
+            f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>16}"
+        )
+    print()
+
+
+def write_gif(act, args: RunArgs, device, path: Path, steps: int = 300) -> Path:
+    """The first `steps` steps of an episode of seed 0's team in the standard environment, as an animated GIF.
+
+    Raises:
+        RuntimeError: this machine has no off-screen renderer.
+    """
+    from PIL import Image
+
+    env = MujocoEnv(task(args), args.num_seeds, seed=args.seed, render_mode="rgb_array")
+    env.episode_steps, frames, steps = min(steps, env.episode_steps), [], count()
+
+    def on_step():
+        if next(steps) % 2 == 0:  # 10 frames a second are enough
+            frames.append(Image.fromarray(env.render()))
+
+    rollout(act, args, env, device, on_step)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    return path
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), cpu)
+    return f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def git_commit() -> str:
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=common.ROOT, capture_output=True, text=True, timeout=10, check=True
+        )
+        return out.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    train(args, sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,220 @@
+"""Multi-agent MuJoCo, many environments in lockstep: a robot's joints shared out among agents.
+
+Every environment is gymnasium-robotics' `mamujoco_v1` (Peng et al. 2021, now maintained there); this file steps many of
+them side by side and adds shifted robots after Packer et al. (2018).
+
+    env = MujocoEnv("HalfCheetah", num_envs=32)                 # two agents, hind and front leg, three joints each
+    obs = env.reset()                                           # [E, n, d]
+    obs, reward, terminated = env.step(actions)                 # actions [E, n, A] in [-1, 1]; [E, n, d], [E], [E]
+
+An episode ends after `env.episode_steps` steps or, in robots that can fall, with a fall: `terminated`. Only a fall is a
+terminal state. E is the number of environments, n of agents. Arrays are float32, `terminated` is bool.
+"""
+
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from contextlib import contextmanager, redirect_stderr
+
+import numpy as np
+
+# Robots, and the partition where none is given: "2x3" is two agents of three joints each.
+SCENARIOS = {
+    "HalfCheetah": "2x3",
+    "Ant": "2x4",
+    "Hopper": "3x1",
+    "Humanoid": "9|8",
+    "HumanoidStandup": "9|8",
+    "ManySegmentAnt": "2x3",
+    "ManySegmentSwimmer": "10x2",
+    "Pusher": "3p",
+    "Reacher": "2x1",
+    "Swimmer": "2x1",
+    "Walker2d": "2x3",
+}
+
+# Ratios to the standard robot, after Packer et al. (2018): around power 0.9, density 1,000 and friction 0.8 they draw
+# from one interval ("random") or from two beyond it ("extreme"; either is equally likely). Those defaults belong to
+# another simulator's cheetah, MuJoCo's has a friction of 0.4 and a fixed mass; hence ratios.
+SHIFTS = {
+    "random": {
+        "gear": ((0.7 / 0.9, 1.1 / 0.9),),  # of the actuators
+        "torso": ((0.75, 1.25),),  # mass and inertia
+        "friction": ((0.5 / 0.8, 1.1 / 0.8),),  # sliding
+    },
+    "extreme": {
+        "gear": ((0.5 / 0.9, 0.7 / 0.9), (1.1 / 0.9, 1.3 / 0.9)),
+        "torso": ((0.5, 0.75), (1.25, 1.5)),
+        "friction": ((0.2 / 0.8, 0.5 / 0.8), (1.1 / 0.8, 1.4 / 0.8)),
+    },
+}
+TORSO = 1  # body 0 is the world
+
+
+@contextmanager
+def quiet():
+    """Silence what the library tells of its other environments, and MuJoCo of the robots' old model files."""
+    import mujoco
+
+    shown = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)  # by default it writes a log file to the current folder
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        mujoco.set_mju_user_warning(shown)
+        logging.disable(logging.NOTSET)
+
+
+def task_name(scenario: str, agent_conf: str | None = None, agent_obsk: int = 0) -> str:
+    """Name of a robot with a partition of its joints: "HalfCheetah", or "HalfCheetah-6x1-obsk1".
+
+    Args:
+        agent_conf: partition of the joints, by the library's names; None: the one of `SCENARIOS`.
+        agent_obsk: an agent sees its own joints, and of those at most so many joints away the angles; nothing global.
+            With 0 an agent of the half cheetah sees 6 numbers, its joints' angles and velocities.
+    """
+    agent_conf = agent_conf or SCENARIOS.get(scenario)
+    return (
+        scenario
+        if (agent_conf, agent_obsk) == (SCENARIOS.get(scenario), 0)
+        else f"{scenario}-{agent_conf}-obsk{agent_obsk}"
+    )
+
+
+class MujocoEnv:
+    """`num_envs` independent environments of one robot, stepped in lockstep.
+
+    Args:
+        task: a robot of `SCENARIOS`, or a `task_name` with another partition.
+        num_envs: number of environments E.
+        shift: None, or "random" or "extreme": at every reset each environment draws a new robot, see `SHIFTS`.
+        seed: an int or a tuple of ints. Environment i's first states and shifts depend on `seed` and i alone.
+        render_mode: None, or "rgb_array" for `render`.
+
+    Where some agents see fewer numbers than others their observations end with zeros: d is the largest size.
+
+    Raises:
+        ValueError: unknown scenario, partition or shift, or agents with different numbers of actions.
+    """
+
+    def __init__(self, task, num_envs, shift=None, seed=0, render_mode=None):
+        scenario, _, partition = task.partition("-")
+        if scenario not in SCENARIOS:
+            raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
+        if shift not in (None, "none", *SHIFTS):
+            raise ValueError(f"unknown shift {shift!r}: choose 'random', 'extreme' or none")
+        if render_mode is not None and sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        self.task, self.num_envs, self.shift = task, num_envs, SHIFTS.get(shift)
+        agent_conf, _, agent_obsk = (partition or f"{SCENARIOS[scenario]}-obsk0").partition("-obsk")
+        options = {"global_categories": (), "render_mode": render_mode}
+        if render_mode is not None:
+            options |= {"width": 300, "height": 300}
+        with quiet():
+            from gymnasium_robotics import mamujoco_v1
+
+            try:
+                obsk = int(agent_obsk)
+                self.envs = [mamujoco_v1.parallel_env(scenario, agent_conf, obsk, **options) for _ in range(num_envs)]
+            except Exception as error:  # the library raises plain Exceptions
+                if not partition:
+                    raise
+                raise ValueError(f"{scenario} has no partition {partition!r} ({error})") from None
+        env = self.envs[0]
+        self.robots = [env.single_agent_env.unwrapped for env in self.envs]
+        joints = [[joint.act_ids for joint in partition] for partition in env.agent_action_partitions]
+        if len({len(j) for j in joints}) > 1:
+            raise ValueError(
+                f"the agents of {scenario} {agent_conf} have {', '.join(str(len(j)) for j in joints)} joints: "
+                "agents are trained in one stack and need equally many"
+            )
+        self.num_agents = self.num_controlled = len(joints)
+        self.action_size = len(joints[0])
+        self._joints = np.array(joints).flatten()
+        self.episode_steps = env.single_agent_env.get_wrapper_attr("_max_episode_steps")
+        self.obs_size = max(env.observation_space(agent).shape[0] for agent in env.possible_agents)
+        self.state_size = len(env.state())
+        self.ratios = np.ones((num_envs, 3))  # drawn gear, torso and friction
+        self._generators = []  # of the shifts
+        for i, robot in enumerate(self.robots):
+            sequence = np.random.SeedSequence([*(seed if isinstance(seed, tuple) else (seed,)), i])
+            robot.np_random = np.random.default_rng(int(sequence.generate_state(1)[0]))
+            self._generators.append(np.random.default_rng(sequence.spawn(1)[0]))
+        self.obs = np.zeros((num_envs, self.num_agents, self.obs_size), np.float32)
+        self.state = np.zeros((num_envs, self.state_size), np.float32)  # what a single agent would see
+        self.terminated = np.zeros(num_envs, bool)
+
+    def reset(self) -> np.ndarray:
+        """Start a new episode in every environment. Returns obs [E, n, d]."""
+        self.obs, self.state, self.terminated = self.obs.copy(), self.state.copy(), np.zeros(self.num_envs, bool)
+        for i, robot in enumerate(self.robots):
+            if self.shift is not None:
+                self._draw_robot(i)
+            self.state[i] = robot.reset()[0]
+            self._observe(i)
+        return self.obs
+
+    def _draw_robot(self, i: int) -> None:
+        import mujoco
+
+        drawn = []
+        for intervals in self.shift.values():
+            low, high = intervals[self._generators[i].integers(len(intervals))]
+            drawn.append(self._generators[i].uniform(low, high))
+        gear, torso, friction = drawn / self.ratios[i]  # relative to the robot before
+        model, data = self.robots[i].model, self.robots[i].data
+        model.actuator_gear[:] *= gear
+        model.body_mass[TORSO] *= torso
+        model.body_inertia[TORSO] *= torso
+        model.geom_friction[:, 0] *= friction
+        mujoco.mj_setConst(model, data)  # what the model derives from these
+        self.ratios[i] = drawn
+
+    def _observe(self, i: int) -> None:
+        for agent, obs in enumerate(self.envs[i]._get_obs().values()):
+            self.obs[i, agent, : len(obs)] = obs
+
+    def step(self, actions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Advance every environment that has not ended by one step; the others stand still, at reward 0.
+
+        Args:
+            actions: [E, n, A] in [-1, 1], one number per joint.
+
+        Returns:
+            obs [E, n, d], reward [E] (the robot's, which every agent gets), terminated [E].
+        """
+        controls = np.empty((self.num_envs, self._joints.size))
+        controls[:, self._joints] = np.asarray(actions).reshape(self.num_envs, -1)
+        reward = np.zeros(self.num_envs, np.float32)
+        self.obs, self.state, self.terminated = self.obs.copy(), self.state.copy(), self.terminated.copy()
+        for i in np.flatnonzero(~self.terminated):
+            self.state[i], reward[i], self.terminated[i], _, _ = self.robots[i].step(controls[i])
+            self._observe(i)
+        return self.obs, reward, self.terminated
+
+    def render(self, i: int = 0) -> np.ndarray:
+        """Environment i as an image, uint8 [300, 300, 3], drawn off-screen.
+
+        Raises:
+            RuntimeError: this machine has no off-screen renderer.
+        """
+        try:
+            with quiet():
+                return self.robots[i].render()
+        except Exception as error:  # MuJoCo raises whatever the missing library makes of it
+            raise RuntimeError(f"no off-screen renderer ({type(error).__name__}: {error})") from None
+
+    def random_state(self) -> str:
+        """State of all random generators, for `set_random_state`."""
+        generators = [robot.np_random for robot in self.robots] + self._generators
+        return json.dumps([generator.bit_generator.state for generator in generators])
+
+    def set_random_state(self, state: str) -> None:
+        generators = [robot.np_random for robot in self.robots] + self._generators
+        for generator, value in zip(generators, json.loads(state), strict=True):
+            generator.bit_generator.state = value
