@@ -160,6 +160,20 @@ SETTINGS = {
     "medium-expert": (50_000, (128, 128), 3e-4, 1e-3, 1.0, 0.5),
     "expert": (50_000, (128, 128), 3e-4, 1e-3, 1.0, 0.5),
 }
+SETTINGS = {(scenario, dataset): values for scenario in SCENARIOS for dataset, values in SETTINGS.items()}
+
+
+def resolve_run(args: RunArgs) -> RunArgs:
+    """Check robot, data set and shifts.
+
+    Raises:
+        UserError: there is no such robot, data set or shift.
+    """
+    common.check_choice("--scenario", args.scenario, SCENARIOS)
+    common.check_choice("--dataset", args.dataset, common.DATASETS)
+    for shift in args.shift:
+        common.check_choice("--shift", shift, (*SHIFTS, "none"))
+    return args
 
 
 def resolve(args: Args) -> Args:
@@ -168,15 +182,12 @@ def resolve(args: Args) -> Args:
     Raises:
         UserError: an option has no meaning.
     """
-    common.check_choice("--scenario", args.scenario, SCENARIOS)
-    common.check_choice("--dataset", args.dataset, common.DATASETS)
-    for shift in args.shift:
-        common.check_choice("--shift", shift, (*SHIFTS, "none"))
+    args = resolve_run(args)
     common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
     common.check_choice("--prediction", args.prediction, ("action", "noise"))
     common.check_choice("--solver", args.solver, SOLVERS)
     common.check_choice("--q-normaliser", args.q_normaliser, ("abs", "printed"))
-    args = common.fill(args, SETTING_NAMES, SETTINGS[args.dataset])
+    args = common.fill(args, SETTING_NAMES, SETTINGS[args.scenario, args.dataset])
     common.check_options(args)
     if args.beta_min >= args.beta_max:
         raise UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")

@@ -392,11 +392,11 @@ def test_the_team_critic_sees_state_and_all_actions(small_td3):
 # ---- dom2_mujoco.py ----
 
 
-# What dom2_mujoco.py has in another form than dom2_mpe.py: options and settings, what plays and stores episodes (no
-# prey, robots, falls), and what mentions these.
+# What dom2_mujoco.py has in another form than dom2_mpe.py, or not at all: options and settings, what plays and stores
+# episodes (robots that may fall, no prey), and what mentions these.
 DIFFERENT = {
-    *("RunArgs", "Args", "SETTINGS", "resolve", "standardise_rewards", "rollout", "evaluate", "load_data"),
-    *("save_checkpoint", "load_checkpoint", "load_policy", "train", "fit", "print_table", "write_gif"),
+    *("RunArgs", "Args", "SETTINGS", "resolve_run", "standardise_rewards", "rollout", "evaluate", "load_data"),
+    *("save_checkpoint", "load_checkpoint", "load_policy", "train", "fit", "print_table", "write_gif", "assignments"),
 }
 
 
