@@ -166,6 +166,21 @@ def env_steps_per_second_cpu() -> str:
     return f"{1024 * EPISODE_STEPS / seconds:,.0f}"
 
 
+def robot_steps_per_second_cpu() -> str:
+    """HalfCheetah, 32 robots, one core."""
+    from mujoco_env import MujocoEnv  # for those who have MuJoCo
+
+    env = MujocoEnv("HalfCheetah", 32)
+    env.reset()
+    actions = torch.rand(32, env.num_agents, env.action_size).numpy() * 2 - 1
+
+    def steps():
+        for _ in range(100):
+            env.step(actions)
+
+    return f"{32 * 100 / alternate(steps)[0]:,.0f}"
+
+
 def help_seconds() -> str:
     """Start-up: `python dom2_mpe.py --help`."""
     return f"{statistics.median(run_script('.', 'dom2_mpe.py', '--help')[0] for _ in range(3)):.2f}"
@@ -198,6 +213,7 @@ MEASURES = [
     peak_memory_gb,
     evaluation_seconds_cpu,
     env_steps_per_second_cpu,
+    robot_steps_per_second_cpu,
     help_seconds,
     graph_speedup_gpu,
     five_seeds_cost_gpu,

@@ -1,18 +1,20 @@
-"""Make the particle data sets: behaviour policies by independent TD3, then roll-outs.
+"""Make the data sets: behaviour policies by TD3, then roll-outs.
 
-    python collect_datasets.py                                              # all 18 data sets, 10^6 transitions each
+    python collect_datasets.py                                              # the particles' 18, 10^6 transitions each
     python collect_datasets.py --scenario simple_tag --dataset random expert
+    python collect_datasets.py --scenario HalfCheetah                       # all six
     python collect_datasets.py --train --overwrite --scenario simple_tag    # retrain the behaviour policies first
 
 A data set is a folder `datasets/<scenario>/<dataset>/seed_0_data` of plain .npy arrays, one per agent and quantity
 (`obs_i`, `acs_i`, `rews_i`, `next_obs_i`, `dones_i`, float32, whole episodes one after the other), the layout of the
 OMAR data sets, plus `metadata.json`. Only the controlled agents are stored; the prey of predator-prey and World is part
-of the environment.
+of the environment. Robots also have the whole robot's `states_i` and `next_states_i`; `dones_i` is 1 where one fell.
 
 Behaviour policies: every agent is an independent TD3 learner (Fujimoto et al. 2018) that sees its own observation and
 reward. In predator-prey and World the prey is trained together with the predators first and then frozen; predators
-trained from scratch against it pass the medium level and go on to the expert level. `pretrained/<scenario>.pt` holds
-the prey, the expert policies (`agent_params`, as in OMAR's files) and the medium ones.
+trained from scratch against it pass the medium level and go on to the expert level. The half cheetah's agents see their
+own joints alone, too little for a critic of their own: theirs is one that sees the whole robot and all actions.
+`pretrained/<scenario>.pt` holds the prey, the expert policies (`agent_params`, as in OMAR's files) and the medium ones.
 
     random          uniformly random actions
     medium, expert  the policies of that level, with Gaussian noise of standard deviation 0.1 on their actions
