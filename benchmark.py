@@ -168,7 +168,7 @@ def env_steps_per_second_cpu() -> str:
 
 def robot_steps_per_second_cpu() -> str:
     """HalfCheetah, 32 robots, one core."""
-    from mujoco_env import MujocoEnv  # for those who have MuJoCo
+    from mamujoco_env import MujocoEnv  # for those who have MuJoCo
 
     env = MujocoEnv("HalfCheetah", 32)
     env.reset()

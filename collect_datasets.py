@@ -46,8 +46,8 @@ from tqdm import tqdm
 import common
 from common import DATASETS, UserError
 from dom2_mpe import StackedLinear, soft_update
-from mujoco_env import SCENARIOS as ROBOTS
-from mujoco_env import MujocoEnv
+from mamujoco_env import SCENARIOS as ROBOTS
+from mamujoco_env import MujocoEnv
 from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
 
 

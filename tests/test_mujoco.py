@@ -1,4 +1,4 @@
-"""Multi-agent MuJoCo: environments, data sets and dom2_mujoco.py."""
+"""Multi-agent MuJoCo: environments, data sets and dom2_mamujoco.py."""
 
 import ast
 import json
@@ -14,16 +14,16 @@ import torch
 
 import collect_datasets
 import common
-import dom2_mujoco
-import mujoco_env
+import dom2_mamujoco
+import mamujoco_env
 from common import UserError
-from mujoco_env import SHIFTS, MujocoEnv, task_name
+from mamujoco_env import SHIFTS, MujocoEnv, task_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def library_env(scenario, agent_conf, agent_obsk=0):
-    with mujoco_env.quiet():
+    with mamujoco_env.quiet():
         from gymnasium_robotics import mamujoco_v1
 
         return mamujoco_v1.parallel_env(scenario, agent_conf, agent_obsk, global_categories=())
@@ -198,7 +198,7 @@ def test_unknown_shift():
 
 def test_nothing_is_written_or_said(tmp_path):
     """MuJoCo's warnings about the robots' old files do not become a log file, nor do notices reach the terminal."""
-    code = "from mujoco_env import MujocoEnv; MujocoEnv('HalfCheetah', 1).reset()"
+    code = "from mamujoco_env import MujocoEnv; MujocoEnv('HalfCheetah', 1).reset()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -389,10 +389,10 @@ def test_the_team_critic_sees_state_and_all_actions(small_td3):
         torch.testing.assert_close(q[0, k], h[:, 0])
 
 
-# ---- dom2_mujoco.py ----
+# ---- dom2_mamujoco.py ----
 
 
-# What dom2_mujoco.py has in another form than dom2_mpe.py, or not at all: options and settings, what plays and stores
+# What dom2_mamujoco.py has in another form than dom2_mpe.py, or not at all: options and settings, what plays and stores
 # episodes (robots that may fall, no prey), and what mentions these.
 DIFFERENT = {
     *("RunArgs", "Args", "SETTINGS", "resolve_run", "standardise_rewards", "rollout", "evaluate", "load_data"),
@@ -418,7 +418,7 @@ def first_difference(one, other):
 
 
 def test_both_scripts_share_the_same_text():
-    mpe, mujoco = definitions(ROOT / "dom2_mpe.py"), definitions(ROOT / "dom2_mujoco.py")
+    mpe, mujoco = definitions(ROOT / "dom2_mpe.py"), definitions(ROOT / "dom2_mamujoco.py")
     assert first_difference(mpe, mujoco) is None
     assert set(mujoco) - set(mpe) == {"task", "rows_of"}
     assert {name for name in mpe if mpe[name] != mujoco.get(name)} == DIFFERENT  # none of them is here without need
@@ -428,22 +428,22 @@ def test_both_scripts_share_the_same_text():
 
 def test_rows_of():
     starts, lengths = torch.tensor([5, 0, 9]), torch.tensor([2, 3, 1])
-    assert dom2_mujoco.rows_of(starts, lengths).tolist() == [5, 6, 0, 1, 2, 9]
+    assert dom2_mamujoco.rows_of(starts, lengths).tolist() == [5, 6, 0, 1, 2, 9]
 
 
 def options(folder, data, **changes):
     small = {"widths": (8,), "critic_widths": (8,), "batch_size": 8, "updates": 4, "eval_interval": 4}
     small |= {"eval_episodes": 1, "run_dir": str(folder), "data_dir": str(data), "dataset": "random", "cuda": False}
-    return dom2_mujoco.Args(**small | changes)
+    return dom2_mamujoco.Args(**small | changes)
 
 
 def test_rollout_plays_every_team_in_its_own_environments():
     """Against single episodes in the library's environment: seed 0's team in the first half, seed 1's in the rest."""
-    args = dom2_mujoco.Args(num_seeds=2)
+    args = dom2_mamujoco.Args(num_seeds=2)
     weights = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0)) / 3  # [L, d, A]
     env = MujocoEnv("HalfCheetah", 4, seed=11)
     env.episode_steps = 40
-    returns = dom2_mujoco.rollout(lambda obs, generator: (obs @ weights).tanh(), args, env, "cpu")
+    returns = dom2_mamujoco.rollout(lambda obs, generator: (obs @ weights).tanh(), args, env, "cpu")
     assert returns.shape == (2, 2)
     for i in range(4):
         one = library_env("HalfCheetah", "2x3")
@@ -464,16 +464,16 @@ def test_evaluation_makes_one_policy_call_per_step():
         calls.append(obs.shape)
         return torch.zeros(*obs.shape[:2], 1)
 
-    args = dom2_mujoco.Args(scenario="Reacher", num_seeds=3, eval_episodes=4)
-    assert dom2_mujoco.evaluate(act, args, "none", "cpu").shape == (3,)
+    args = dom2_mamujoco.Args(scenario="Reacher", num_seeds=3, eval_episodes=4)
+    assert dom2_mamujoco.evaluate(act, args, "none", "cpu").shape == (3,)
     assert calls == [(6, 4, 6)] * 50
 
 
 def test_minibatches_follow_algorithm_1_and_keep_falls(robots_data, tmp_path):
     """With episodes of different lengths: every row weighs 1 + the number of thresholds that its episode reaches."""
-    args = dom2_mujoco.Args(scenario="Hopper", dataset="random", data_dir=str(robots_data), thresholds=(10.0, 20.0))
+    args = dom2_mamujoco.Args(scenario="Hopper", dataset="random", data_dir=str(robots_data), thresholds=(10.0, 20.0))
     env = MujocoEnv("Hopper", 1)
-    data = dom2_mujoco.load_data(args, env, torch.device("cpu"))
+    data = dom2_mamujoco.load_data(args, env, torch.device("cpu"))
     loaded = common.load_dataset(robots_data, "Hopper", "random", 2, 1, 3, 1000)
     weight = 1 + sum((loaded.returns >= r).long() for r in args.thresholds)
     expected = weight.repeat_interleave(loaded.lengths)
@@ -485,9 +485,9 @@ def test_minibatches_follow_algorithm_1_and_keep_falls(robots_data, tmp_path):
 
 
 def test_a_share_of_the_trajectories(robots_data):
-    args = dom2_mujoco.Args(scenario="Hopper", dataset="random", data_dir=str(robots_data), data_fraction=0.3)
+    args = dom2_mamujoco.Args(scenario="Hopper", dataset="random", data_dir=str(robots_data), data_fraction=0.3)
     torch.manual_seed(0)
-    data = dom2_mujoco.load_data(args, MujocoEnv("Hopper", 1), torch.device("cpu"))
+    data = dom2_mamujoco.load_data(args, MujocoEnv("Hopper", 1), torch.device("cpu"))
     loaded = common.load_dataset(robots_data, "Hopper", "random", 2, 1, 3, 1000)
     assert len(data.lengths) == round(0.3 * len(loaded.lengths)) and data.lengths.sum() == data.rows.shape[1]
     everything = {tuple(row.tolist()) for row in loaded.rows[0, :, :3]}
@@ -499,34 +499,34 @@ def test_a_share_of_the_trajectories(robots_data):
 
 
 def test_rewards_of_half_cheetahs_are_standardised(robots_data):
-    args = dom2_mujoco.Args(dataset="random", data_dir=str(robots_data), reward_scale=2.0)
-    reward = dom2_mujoco.load_data(args, MujocoEnv("HalfCheetah", 1), torch.device("cpu")).rows[:, :, 9]
+    args = dom2_mamujoco.Args(dataset="random", data_dir=str(robots_data), reward_scale=2.0)
+    reward = dom2_mamujoco.load_data(args, MujocoEnv("HalfCheetah", 1), torch.device("cpu")).rows[:, :, 9]
     np.testing.assert_allclose([reward.mean(), reward.std()], [0, 2], atol=1e-3)
 
 
 def test_a_run_and_its_continuation(robots_data, tmp_path):
     """Six updates at once or four and two more end with the same parameters; results hold all three environments."""
-    once = dom2_mujoco.train(options(tmp_path / "a", robots_data, updates=6, num_seeds=2), dom2_mujoco)
-    dom2_mujoco.train(options(tmp_path / "b", robots_data, num_seeds=2, shift=("none",)), dom2_mujoco)
+    once = dom2_mamujoco.train(options(tmp_path / "a", robots_data, updates=6, num_seeds=2), dom2_mamujoco)
+    dom2_mamujoco.train(options(tmp_path / "b", robots_data, num_seeds=2, shift=("none",)), dom2_mamujoco)
     (run,) = (tmp_path / "b").iterdir()
-    resumed = dom2_mujoco.Args(resume=str(run), updates=6, cuda=False)
-    dom2_mujoco.train(resumed, dom2_mujoco)
+    resumed = dom2_mamujoco.Args(resume=str(run), updates=6, cuda=False)
+    dom2_mamujoco.train(resumed, dom2_mamujoco)
     (first,) = (tmp_path / "a").iterdir()
     a, b = (common.load_torch(folder / "checkpoint.pt")["learners"] for folder in (first, run))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert list(once["returns"]) == ["none", "random", "extreme"] and all(len(x) == 2 for x in once["returns"].values())
     assert once["algorithm"] == "dom2" and once["data"]["transitions"] == 2000
-    again = dom2_mujoco.train(dom2_mujoco.Args(eval_only=str(first), eval_episodes=1, cuda=False), dom2_mujoco)
+    again = dom2_mamujoco.train(dom2_mamujoco.Args(eval_only=str(first), eval_episodes=1, cuda=False), dom2_mamujoco)
     assert again["returns"]["none"] == once["returns"]["none"]
 
-    policy, env = dom2_mujoco.load_policy(first, 1), library_env("HalfCheetah", "2x3")
+    policy, env = dom2_mamujoco.load_policy(first, 1), library_env("HalfCheetah", "2x3")
     actions = policy(env.reset(seed=0)[0])
     assert list(actions) == ["agent_0", "agent_1"] and all(a.shape == (3,) for a in actions.values())
 
 
 def test_robots_that_fall_are_evaluated_to_their_fall(robots_data, tmp_path, capsys):
     args = options(tmp_path, robots_data, scenario="Hopper", updates=2, eval_episodes=3, shift=("extreme",))
-    results = dom2_mujoco.train(args, dom2_mujoco)
+    results = dom2_mamujoco.train(args, dom2_mamujoco)
     assert list(results["returns"]) == ["none", "extreme"] and 0 < results["returns"]["none"][0] < 1000
     assert " - " in capsys.readouterr().out  # no normalised score without published ones
 
@@ -543,18 +543,18 @@ def test_robots_that_fall_are_evaluated_to_their_fall(robots_data, tmp_path, cap
 )
 def test_options_without_meaning(robots_data, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        dom2_mujoco.train(options(tmp_path, robots_data, **changes), dom2_mujoco)
+        dom2_mamujoco.train(options(tmp_path, robots_data, **changes), dom2_mamujoco)
 
 
 def run_script(*arguments, **environment):
-    command = [sys.executable, "dom2_mujoco.py", *map(str, arguments)]
+    command = [sys.executable, "dom2_mamujoco.py", *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"} | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_a_video_needs_a_renderer(robots_data, tmp_path):
     """Without one the run ends well, with a line that says what is missing."""
-    dom2_mujoco.train(options(tmp_path, robots_data, updates=1, shift=("none",)), dom2_mujoco)
+    dom2_mamujoco.train(options(tmp_path, robots_data, updates=1, shift=("none",)), dom2_mamujoco)
     (run,) = tmp_path.iterdir()
     evaluation = ("--eval-only", run, "--eval-episodes", 1, "--shift", "none", "--capture-video")
     done = run_script(*evaluation, MUJOCO_GL="glfw")
@@ -565,14 +565,14 @@ def test_a_video_needs_a_renderer(robots_data, tmp_path):
 def test_video(robots_data, tmp_path):
     pytest.importorskip("OpenGL.EGL")
     args = options(tmp_path, robots_data, updates=1, shift=("none",))
-    dom2_mujoco.train(args, dom2_mujoco)
+    dom2_mamujoco.train(args, dom2_mamujoco)
     (run,) = tmp_path.iterdir()
-    learners = dom2_mujoco.load_policy(run)
+    learners = dom2_mamujoco.load_policy(run)
     assert learners is not None
     from PIL import Image
 
     try:
-        path = dom2_mujoco.write_gif(lambda obs, g: torch.zeros(2, 1, 3), args, "cpu", tmp_path / "a.gif", steps=6)
+        path = dom2_mamujoco.write_gif(lambda obs, g: torch.zeros(2, 1, 3), args, "cpu", tmp_path / "a.gif", steps=6)
     except RuntimeError as error:
         pytest.skip(f"this machine has none: {error}")
     image = Image.open(path)

@@ -10,9 +10,9 @@ training and execution are decentralised. The paper (arXiv 2307.01472) in the or
     augment                                  Algorithm 1         replicate high-return trajectories
     train                                    Algorithm 2
 
-    python dom2_mujoco.py --dataset medium-replay            # trains, then prints the table
-    python dom2_mujoco.py --dataset medium-replay --eta 0    # the diffusion policy alone: cloning
-    python dom2_mujoco.py --help
+    python dom2_mamujoco.py --dataset medium-replay            # trains, then prints the table
+    python dom2_mamujoco.py --dataset medium-replay --eta 0    # the diffusion policy alone: cloning
+    python dom2_mamujoco.py --help
 
 What this file shares with dom2_mpe.py is the same text, held together by a test.
 
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from mujoco_env import SCENARIOS, SHIFTS, MujocoEnv, task_name
+from mamujoco_env import SCENARIOS, SHIFTS, MujocoEnv, task_name
 
 
 @dataclass
