@@ -30,7 +30,7 @@ import dom2_mpe
 from dom2_mpe import StackedLinear
 from particle_env import SCENARIOS
 
-ROBOTS = ("HalfCheetah",)  # of dom2_mujoco.py, for which there are published settings
+ROBOTS = ("HalfCheetah",)  # of dom2_mamujoco.py, for which there are published settings
 
 
 @dataclass
@@ -83,9 +83,9 @@ def family(args):
             pass  # `train` will say what is wrong with the folder
     if scenario not in ROBOTS:
         return dom2_mpe
-    import dom2_mujoco  # needs MuJoCo, which the particle scenarios do without
+    import dom2_mamujoco  # needs MuJoCo, which the particle scenarios do without
 
-    return dom2_mujoco
+    return dom2_mamujoco
 
 
 def resolve_by(args, settings: dict, by_data: dict, rules=()):

@@ -871,8 +871,8 @@ def test_options_without_a_meaning_are_refused(name, option, value, tmp_path):
 
 @pytest.mark.parametrize("option", ["resume", "eval_only"])
 def test_a_run_belongs_to_the_family_of_its_own_scenario(option, tmp_path, monkeypatch):
-    robots = ModuleType("dom2_mujoco")
-    monkeypatch.setitem(sys.modules, "dom2_mujoco", robots)
+    robots = ModuleType("dom2_mamujoco")
+    monkeypatch.setitem(sys.modules, "dom2_mamujoco", robots)
     args = omar.Args(scenario="simple_tag", **{option: str(tmp_path)})
     for contents, family in (
         ('{"scenario": "HalfCheetah"}', robots),
