@@ -104,7 +104,7 @@ RECIPES = {
     "HalfCheetah": Recipe(
         {"random": -283.0, "medium-replay": 423.0, "medium": 1569.0, "expert": 3339.0},
         0,
-        120_000,
+        110_000,
         (64, 256),
         gamma=0.99,
         rho=0.005,
