@@ -153,12 +153,12 @@ class Args(RunArgs):
 # What differs per data set, found by experiment (README, "Settings"). An option on the command line wins.
 SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta")
 SETTINGS = {
-    "random": (50_000, (128, 128), 3e-4, 1e-3, 10.0, 0.0),
-    "random-medium": (50_000, (128, 128), 3e-4, 1e-3, 5.0, 0.0),
-    "medium-replay": (50_000, (128, 128), 3e-4, 1e-3, 5.0, 0.0),
-    "medium": (50_000, (128, 128), 3e-4, 1e-3, 1.0, 0.1),
-    "medium-expert": (50_000, (128, 128), 3e-4, 1e-3, 1.0, 0.5),
-    "expert": (50_000, (128, 128), 3e-4, 1e-3, 1.0, 0.5),
+    "random": (50_000, (128, 128), 1e-3, 1e-3, 10.0, 0.0),
+    "random-medium": (50_000, (128, 128), 1e-3, 1e-3, 2.0, 0.0),
+    "medium-replay": (50_000, (128, 128), 1e-3, 1e-3, 2.0, 0.0),
+    "medium": (50_000, (128, 128), 1e-3, 1e-3, 1.0, 0.1),
+    "medium-expert": (50_000, (128, 128), 1e-3, 1e-3, 1.0, 0.5),
+    "expert": (50_000, (128, 128), 1e-3, 1e-3, 1.0, 0.5),
 }
 SETTINGS = {(scenario, dataset): values for scenario in SCENARIOS for dataset, values in SETTINGS.items()}
 
