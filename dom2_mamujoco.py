@@ -33,6 +33,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -830,10 +831,7 @@ def save_checkpoint(path: Path, args: RunArgs, updates: int, learners, optimizer
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    torch.save(checkpoint, path / "checkpoint.tmp")
-    if (path / "checkpoint.pt").exists():
-        os.replace(path / "checkpoint.pt", path / "checkpoint-previous.pt")
-    os.replace(path / "checkpoint.tmp", path / "checkpoint.pt")
+    common.save_torch(path / "checkpoint.pt", checkpoint, previous=path / "checkpoint-previous.pt")
 
 
 def load_checkpoint(run: str | Path, args_class=Args) -> tuple[RunArgs, dict]:
@@ -850,7 +848,7 @@ def load_checkpoint(run: str | Path, args_class=Args) -> tuple[RunArgs, dict]:
             raise
         checkpoint = common.load_torch(previous)
         os.replace(previous, path)
-        print(f"warning: {error}; using the one before, of update {checkpoint['updates']}", file=sys.stderr)
+        print(f"warning: {error}; using the one before", file=sys.stderr)
     try:
         if not {"updates", "learners", "optimizers", "data", "rng", "cuda_rng"} <= checkpoint.keys():
             raise KeyError
@@ -923,11 +921,16 @@ def load_data(args: RunArgs, env: MujocoEnv, device) -> Data:
     Raises:
         UserError: it is damaged, or there is none and no policies to make it with.
     """
-    if not common.dataset_path(args.data_dir, env.task, args.dataset).parent.exists():
+    folder = common.dataset_path(args.data_dir, env.task, args.dataset).parent
+    if not folder.exists():
         import collect_datasets  # only when it is needed
 
-        with torch.random.fork_rng():  # so that this run equals the next one, which finds the data set made
-            collect_datasets.collect(env.task, args.dataset, data_dir=args.data_dir)
+        try:
+            with torch.random.fork_rng():  # so that this run equals the next one, which finds the data set made
+                collect_datasets.collect(env.task, args.dataset, data_dir=args.data_dir)
+        except UserError:
+            if not folder.exists():  # else another process was faster
+                raise
     sizes = env.obs_size, env.action_size, env.num_agents, env.episode_steps
     data = common.load_dataset(args.data_dir, env.task, args.dataset, *sizes)
     rows, lengths, returns, obs_size = data.rows, data.lengths, data.returns, env.obs_size
@@ -972,6 +975,8 @@ def train(args: RunArgs, algorithm) -> dict:
     if args.resume or args.eval_only:
         run = Path(args.resume or args.eval_only)
         stored, checkpoint = load_checkpoint(run, algorithm.Args)
+        if args.eval_only and not checkpoint["updates"]:
+            raise UserError(f"{run}: has made no update yet; train it with --resume {run}")
         for option in ("scenario", "dataset"):
             if getattr(args, option) not in (getattr(stored, option), getattr(algorithm.Args, option)):
                 raise UserError(f"--{option} {getattr(args, option)}: {run} was trained on {getattr(stored, option)}")
@@ -1001,23 +1006,25 @@ def train(args: RunArgs, algorithm) -> dict:
     data = None if args.eval_only else load_data(args, env, device)
     learners = algorithm.make_learners(args, num_learners, obs_size, action_size, device)
     optimizers = algorithm.make_optimizers(args, learners)
-    first_update = 0
     if checkpoint is not None:
         restore(learners, optimizers, checkpoint, run)
         torch.set_rng_state(checkpoint["rng"])
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        first_update = checkpoint["updates"]
     else:
         run = new_run_dir(args, algorithm.algorithm_name(args))
-        (run / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
 
     def act(obs, generator):
         return algorithm.act(learners, obs, args, generator)
 
+    disk = partial(common.disk_errors, run, f"free some space; --resume {run} goes on from the last checkpoint")
     if not args.eval_only:
         print(f"{args.scenario}/{args.dataset}: {num_learners} learners ({args.num_seeds} seeds x {n} agents), {run}")
-        fit(args, algorithm, learners, optimizers, data, first_update, run)
+        with disk(), common.hold(run):
+            if checkpoint is None:  # a run that is killed before its first evaluation can be continued as well
+                common.write_file(run / "config.json", json.dumps(asdict(args), indent=2).encode() + b"\n")
+                save_checkpoint(run, args, 0, learners, optimizers, data.stats)
+            fit(args, algorithm, learners, optimizers, data, checkpoint["updates"] if checkpoint else 0, run)
     results = {
         "algorithm": algorithm.algorithm_name(args),
         "scenario": args.scenario,
@@ -1037,13 +1044,17 @@ def train(args: RunArgs, algorithm) -> dict:
         "commit": git_commit(),
     }
     name = "evaluation.json" if args.eval_only else "results.json"
-    (run / name).write_text(json.dumps(results, indent=2) + "\n")
+    with disk():
+        common.write_file(run / name, json.dumps(results, indent=2).encode() + b"\n")
+        if args.capture_video:
+            try:
+                write_gif(act, args, device, run / "policy.gif")
+                video = f"wrote {run / 'policy.gif'}"
+            except RuntimeError as error:
+                video = f"--capture-video: {error}; install EGL or OSMesa and set MUJOCO_GL=egl or osmesa"
     print_table(results)
     if args.capture_video:
-        try:
-            print(f"wrote {write_gif(act, args, device, run / 'policy.gif')}")
-        except RuntimeError as error:
-            print(f"--capture-video: {error}; install EGL or OSMesa and set MUJOCO_GL=egl or osmesa", file=sys.stderr)
+        print(video)
     print(f"{run}: {name}, checkpoint.pt, TensorBoard events")
     return results
 
@@ -1058,9 +1069,12 @@ def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, first_update
         wandb.init(project="dom2", name=run.name, config=asdict(args), sync_tensorboard=True)
     device, n = data.rows.device, len(data.rows)
     L = args.num_seeds * n
+    checked, finite = first_update, torch.zeros(L, dtype=torch.long, device=device)  # [L], finite updates since checked
 
     def step():
-        return algorithm.update(learners, optimizers, algorithm.sample_batch(data, args, L), args)
+        metrics = algorithm.update(learners, optimizers, algorithm.sample_batch(data, args, L), args)
+        finite.add_(torch.stack(tuple(metrics.values())).isfinite().all(0))
+        return metrics
 
     def act(obs, generator):
         return algorithm.act(learners, obs, args, generator)
@@ -1074,15 +1088,22 @@ def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, first_update
             metrics = step()
             bar.update()
             evaluates = u % args.eval_interval == 0 or u == args.updates
-            if u % 100 == 0 or evaluates or stopped:
+            saves = evaluates or bool(stopped)
+            if u % 100 == 0 or saves:
+                sound = finite == u - checked  # [L]
+                if saves:  # a parameter that has just broken shows in the next update's losses only
+                    sound &= common.finite_state(learners, optimizers, L)
+                if not sound.all():
+                    j = int(sound.int().argmin())
+                    broken = [tag for tag, value in metrics.items() if not value[j].isfinite()]
+                    raise UserError(
+                        f"update {min(checked + int(finite[j]) + 1, u)}: {', '.join(broken) or 'a parameter'} of seed "
+                        f"{args.seed + j // n}, agent {j % n} is not finite; lower the learning rates (the checkpoint "
+                        f"in {run} is from before)"
+                    )
+                checked = u
+                finite.zero_()
                 for tag, value in metrics.items():
-                    if not torch.isfinite(value).all():
-                        learner = int((~torch.isfinite(value)).nonzero()[0])
-                        seed, agent = args.seed + learner // n, learner % n
-                        raise UserError(
-                            f"update {u}: {tag} of seed {seed}, agent {agent} is not finite; continue from the last "
-                            f"checkpoint in {run} or lower the learning rates"
-                        )
                     writer.add_scalar(tag, value.mean().item(), u)
             if evaluates:
                 score = evaluate(act, args, "none", device).mean().item()
@@ -1092,13 +1113,14 @@ def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, first_update
                 writer.add_scalar("charts/action_std", action_std(act, data, L), u)
                 bar.set_postfix_str(f"return {score:.1f}")
                 bar.refresh()
-            if evaluates or stopped:
+            if saves:
+                writer.flush()  # what is logged up to a checkpoint is not lost with the process
                 save_checkpoint(run, args, u, learners, optimizers, data.stats)
-            if stopped:
-                bar.close()
-                script = os.path.relpath(algorithm.__file__)
-                print(f"stopped after update {u}; go on with: python {script} --resume {run}")
-                raise SystemExit(128 + stopped[0])
+                if stopped:
+                    bar.close()
+                    script = os.path.relpath(algorithm.__file__)
+                    print(f"stopped after update {u}; go on with: python {script} --resume {run}")
+                    raise SystemExit(128 + stopped[0])
 
 
 def print_table(results: dict) -> None:
@@ -1124,7 +1146,7 @@ def print_table(results: dict) -> None:
     print()
 
 
-def write_gif(act, args: RunArgs, device, path: Path, steps: int = 300) -> Path:
+def write_gif(act, args: RunArgs, device, path: Path, steps: int = 300) -> None:
     """The first `steps` steps of an episode of seed 0's team in the standard environment, as an animated GIF.
 
     Raises:
@@ -1141,7 +1163,6 @@ def write_gif(act, args: RunArgs, device, path: Path, steps: int = 300) -> Path:
 
     rollout(act, args, env, device, on_step)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
-    return path
 
 
 def hardware(device: torch.device) -> str:
@@ -1165,10 +1186,7 @@ def git_commit() -> str:
 
 
 def main() -> None:
-    import tyro
-
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    train(args, sys.modules[__name__])
+    train(common.parse(Args, __doc__), sys.modules[__name__])
 
 
 if __name__ == "__main__":
