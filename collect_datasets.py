@@ -274,7 +274,7 @@ class TD3:
         if self.updates % 2 == 0:  # delayed policy updates
             pre_tanh = self.actor(obs)
             q = self.q(self.critic, obs, state, torch.tanh(pre_tanh))[:, 0]
-            loss = self.action_penalty * pre_tanh.square().mean((1, 2)).sum() - q.mean(1).sum()
+            loss = (self.action_penalty * pre_tanh.square().mean((1, 2)) - C / L * q.mean(1)).sum()
             self.actor_optimizer.zero_grad()
             loss.backward()
             self.actor_optimizer.step()
@@ -444,10 +444,12 @@ def load_behaviour(pretrained_dir: str | Path, scenario: str) -> dict:
 def replay_rows(scenario: str, behaviour: dict) -> tuple[Tensor, int]:
     """The replay buffer of TD3 (against the frozen prey) when its policies reach the medium level: rows [n, T, W] of
     whole episodes, and their length."""
-    recipe = RECIPES[scenario]
+    recipe, threads = RECIPES[scenario], torch.get_num_threads()
+    torch.set_num_threads(1)  # sums are rounded differently on more, and after a while that is another buffer
     with tqdm(desc=f"{scenario}/medium-replay: TD3 to the medium level", unit="update", dynamic_ncols=True) as bar:
         td3 = TD3(scenario, behaviour["prey"], recipe.expert_updates, behaviour["seed"])
         train_to(td3, scenario, recipe.published["medium"], recipe.expert_updates, bar)
+    torch.set_num_threads(threads)
     return td3.replay(), td3.env.episode_steps
 
 

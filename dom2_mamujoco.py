@@ -867,28 +867,33 @@ def restore(learners: nn.ModuleDict, optimizers: dict, checkpoint: dict, run: st
         raise UserError(f"{run}/checkpoint.pt: its networks do not fit its options; the file is damaged") from None
 
 
-def load_policy(run: str | Path, seed_index: int = 0):
+def load_policy(run: str | Path, seed_index: int = 0, algorithm=None):
     """A trained policy as a function from PettingZoo observations to actions, both dicts by agent name.
 
     The agents of one seed act.
 
+    Args:
+        algorithm: the module of the algorithm that was trained, as `train` takes it; None: this one.
+
     Raises:
         UserError: no such run, or a damaged one.
     """
-    args, checkpoint = load_checkpoint(run)
+    algorithm = algorithm or sys.modules[__name__]
+    args, checkpoint = load_checkpoint(run, algorithm.Args)
     if not 0 <= seed_index < args.num_seeds:
         raise UserError(f"seed_index {seed_index}: {run} holds {args.num_seeds} seeds")
     env = MujocoEnv(task(args), 1)
-    learners = make_learners(args, env.num_agents, env.obs_size, env.action_size, "cpu")
+    learners = algorithm.make_learners(args, env.num_agents, env.obs_size, env.action_size, "cpu")
     # the learner axis is seed-major: cut out this seed's agents
     chosen = {k: v.unflatten(0, (args.num_seeds, -1))[seed_index] for k, v in checkpoint["learners"].items()}
     restore(learners, {}, {"learners": chosen}, run)
+    args = replace(args, num_seeds=1)
     generator = torch.Generator().manual_seed(args.seed)
 
     def policy(observations: dict) -> dict:
         obs = [torch.as_tensor(obs, dtype=torch.float32) for obs in observations.values()]
         obs = torch.stack([F.pad(o, (0, env.obs_size - len(o))) for o in obs])  # [n, d]
-        actions = act(learners, obs[:, None], args, generator)[:, 0]
+        actions = algorithm.act(learners, obs[:, None], args, generator)[:, 0]
         return dict(zip(observations, actions.numpy(), strict=True))
 
     return policy

@@ -914,29 +914,34 @@ def restore(learners: nn.ModuleDict, optimizers: dict, checkpoint: dict, run: st
         raise UserError(f"{run}/checkpoint.pt: its networks do not fit its options; the file is damaged") from None
 
 
-def load_policy(run: str | Path, seed_index: int = 0):
+def load_policy(run: str | Path, seed_index: int = 0, algorithm=None):
     """A trained policy as a function from PettingZoo observations to actions, both dicts by agent name.
 
     The agents of one seed act, and with them the frozen prey where the scenario has one.
 
+    Args:
+        algorithm: the module of the algorithm that was trained, as `train` takes it; None: this one.
+
     Raises:
         UserError: no such run, or a damaged one.
     """
-    args, checkpoint = load_checkpoint(run)
+    algorithm = algorithm or sys.modules[__name__]
+    args, checkpoint = load_checkpoint(run, algorithm.Args)
     if not 0 <= seed_index < args.num_seeds:
         raise UserError(f"seed_index {seed_index}: {run} holds {args.num_seeds} seeds")
     spec = SCENARIOS[args.scenario]
     n = spec.num_controlled
     obs_size = ParticleEnv(args.scenario, 1).obs_sizes[0]
-    learners = make_learners(args, n, obs_size, 2, "cpu")
+    learners = algorithm.make_learners(args, n, obs_size, 2, "cpu")
     # the learner axis is seed-major: cut out this seed's agents
     chosen = {k: v.unflatten(0, (args.num_seeds, -1))[seed_index] for k, v in checkpoint["learners"].items()}
     restore(learners, {}, {"learners": chosen}, run)
+    args = replace(args, num_seeds=1)
     generator = torch.Generator().manual_seed(args.seed)
 
     def policy(observations: dict) -> dict:
         obs = [torch.as_tensor(observations[name]) for name in spec.agents]
-        actions = act(learners, torch.stack(obs[:n])[:, None], args, generator)[:, 0]
+        actions = algorithm.act(learners, torch.stack(obs[:n])[:, None], args, generator)[:, 0]
         if checkpoint["prey"] is not None:
             actions = torch.cat([actions, common.policy_action(checkpoint["prey"], obs[n])[None]])
         return dict(zip(spec.agents, actions.numpy(), strict=True))

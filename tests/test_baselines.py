@@ -17,7 +17,7 @@ import dom2_mpe
 from baselines import ma_bc, ma_cql, ma_sfbc, ma_td3bc, madiff, omar
 from common import UserError
 from dom2_mpe import Data, NoiseSchedule, TwinCritic
-from particle_env import SCENARIOS
+from particle_env import SCENARIOS, parallel_env
 
 torch.set_num_threads(1)
 
@@ -709,6 +709,14 @@ def test_whole_run(name, scenario, tiny, tmp_path, capsys):
     candidates = {"eval_candidates": 4} if name == "ma_sfbc" else {}
     again = run(name, {"eval_only": str(folder), "eval_episodes": 3, "cuda": False, **candidates})
     assert again["returns"] == results["returns"]
+    env, played = parallel_env(scenario), []
+    for seed in (0, 1):
+        policy, (obs, _) = dom2_mpe.load_policy(folder, seed, BASELINES[name]), env.reset(seed=0)
+        actions = policy(obs)
+        assert all(env.action_space(agent).contains(actions[agent]) for agent in env.agents)
+        env.step(actions)
+        played.append([actions[agent].tolist() for agent in env.agents])
+    assert played[0] != played[1]
 
 
 @every_baseline
