@@ -363,12 +363,11 @@ class MLPNoiseNet(nn.Module):
         Returns:
             f(a [L, B, A], embedding [L, B or 1, H]) -> [L, B, A], and the embeddings [L, B or N, H]
         """
-        obs_part = self.obs_in(obs)
-        first, last = self.action_in.cast(obs.dtype), self.layers[-1].cast(obs.dtype)
+        obs_part, last = self.obs_in(obs) + self.action_in.bias, self.layers[-1].cast(obs.dtype)
         hidden = [layer.cast(self.precision or obs.dtype) for layer in self.layers[:-1]]
 
         def f(a: Tensor, time_part: Tensor) -> Tensor:
-            x = (first(a) + (obs_part + time_part)).to(dtype=self.precision)
+            x = torch.baddbmm(obs_part + time_part, a, self.action_in.weight).to(dtype=self.precision)
             for layer in hidden:
                 x = layer(F.silu(x))
             return last(F.silu(x).to(a.dtype))
