@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_scripts import files, flags
 
 import collect_datasets
 import common
@@ -35,22 +36,6 @@ SCRIPTS = {
 }
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 SMALL = dict(dataset="random", updates=6, batch_size=8, eval_interval=2, eval_episodes=2, cuda=False)
-
-
-def flags(**options):
-    """Options as on a command line."""
-    words = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words
-
-
-def files(folder):
-    return {file.relative_to(folder): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
 # ---- programs to kill: forked from one process that has imported everything, as starting Python takes seconds ----
