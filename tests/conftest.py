@@ -48,4 +48,5 @@ def data_dir(tmp_path_factory, collect):
     for scenario in SCENARIOS:
         for dataset in ("random", "medium", "expert", "random-medium"):
             collect(scenario, dataset, folder)
+    collect("Reacher", "random", folder)
     return folder

@@ -32,9 +32,21 @@ ROOT = Path(common.__file__).parent
 # Scripts that train, with options that make them tiny
 SCRIPTS = {
     "dom2_mpe": dict(scenario="simple_spread", widths=(8, 8), critic_widths=(8,), diffusion_steps=2),
+    "dom2_mamujoco": dict(scenario="Reacher", widths=(8, 8), critic_widths=(8,), diffusion_steps=2),
+    "baselines.ma_bc": dict(scenario="simple_spread", widths=(8, 8)),
+    "baselines.ma_td3bc": dict(scenario="simple_spread", widths=(8, 8)),
+    "baselines.ma_cql": dict(scenario="simple_spread", widths=(8, 8)),
     "baselines.omar": dict(scenario="simple_spread", widths=(8, 8)),
+    "baselines.ma_sfbc": dict(
+        **dict(scenario="simple_spread", widths=(8, 8), critic_widths=(8,), diffusion_steps=2),
+        **dict(window=4, plan_candidates=2, eval_candidates=2),
+    ),
+    "baselines.madiff": dict(scenario="simple_spread", horizon=2, width=4, num_blocks=1, diffusion_steps=1),
 }
 every_script = pytest.mark.parametrize("script", SCRIPTS)
+# The baselines bring their networks and losses; runs, checkpoints and logs are those of one of these two.
+TRAINING = ("dom2_mpe", "dom2_mamujoco")
+both_trainings = pytest.mark.parametrize("script", TRAINING)
 SMALL = dict(dataset="random", updates=6, batch_size=8, eval_interval=2, eval_episodes=2, cuda=False)
 
 
@@ -254,7 +266,7 @@ def test_collections_killed_at_any_moment_leave_whole_data_sets(overwrite, start
     assert {name: contents for name, contents in made.items() if not name.parts[1].startswith(".")} == whole
 
 
-@every_script
+@both_trainings
 def test_two_runs_at_once_that_want_the_same_missing_data_set(script, start, tmp_path):
     words = flags(**SCRIPTS[script], **SMALL)
     finish(start(script, words, tmp_path / "alone"))
@@ -274,7 +286,7 @@ def test_two_runs_at_once_that_want_the_same_missing_data_set(script, start, tmp
             assert_same_run(run, the_run(tmp_path / "alone"))
 
 
-@every_script
+@both_trainings
 def test_a_run_is_not_continued_while_it_still_runs(script, start, tmp_path, data_dir):
     words = flags(**SCRIPTS[script], **SMALL, data_dir=str(data_dir))
     finish(start(script, words, tmp_path / "whole"))
@@ -305,7 +317,7 @@ def assert_full(program, *naming):
     assert printed.count("error: ") == 1
 
 
-@every_script
+@both_trainings
 @pytest.mark.parametrize("largest_file", [200, 10_000])  # TensorBoard's log does not fit, a checkpoint does not fit
 def test_full_disk_in_training(script, largest_file, start, tmp_path, data_dir):
     words = flags(**SCRIPTS[script], **SMALL, data_dir=str(data_dir))
@@ -326,7 +338,7 @@ def test_full_disk_in_training(script, largest_file, start, tmp_path, data_dir):
     assert_full(start(script, words, tmp_path / "new", largest_file), "File too large")
 
 
-@every_script
+@both_trainings
 def test_killed_in_the_middle_of_a_checkpoint(script, start, tmp_path, data_dir):
     words = flags(**SCRIPTS[script], **SMALL, data_dir=str(data_dir))
     finish(start(script, words, tmp_path / "whole"))
@@ -431,7 +443,7 @@ def test_names_in_metadata_lead_nowhere(name, tmp_path, data_dir):
 # ---- damaged and malicious checkpoints ----
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=TRAINING)
 def trained(request, start, tmp_path_factory, data_dir):
     """Name of a script and a run folder of it, to read only."""
     folder = tmp_path_factory.mktemp("trained")
@@ -540,17 +552,24 @@ CHOICES = {
     "noise_net": ("mlp", "residual"),
     "q_normaliser": ("abs", "printed"),
 }
+ROBOTS = {"scenario": ("Reacher",), "dataset": ("random",), "shift": ("random", "extreme", "none")}
 SWITCHES = ("augment", "raw_rewards", "bf16")
 small_widths = st.lists(st.integers(1, 8), min_size=1, max_size=3).map(tuple)
 VALID = {
     **{name: st.sampled_from(choices) for name, choices in CHOICES.items()},
     **{name: st.integers(1, 3) for name in ("num_seeds", "eval_interval", "eval_episodes", "eval_candidates")},
     **{name: st.integers(1, 12) for name in ("batch_size", "diffusion_steps")},
+    **{name: st.integers(1, 4) for name in ("window", "plan_candidates", "num_blocks", "policy_delay")},
+    **{name: st.integers(1, 4) for name in ("cql_actions", "cql_policy_actions", "omar_iterations")},
+    **{name: st.integers(2, 6) for name in ("horizon", "omar_samples")},
     **{name: st.floats(0, 10) for name in ("eta", "zeta", "bc_weight", "max_grad_norm", "reward_scale")},
-    **{name: st.floats(1e-6, 1e-2) for name in ("actor_lr", "critic_lr")},
-    **{name: st.floats(1e-6, 1) for name in ("data_fraction", "rho")},
+    **{name: st.floats(0, 10) for name in ("alpha", "cql_alpha", "action_penalty", "target_noise", "guidance")},
+    **{name: st.floats(0, 1) for name in ("omar_coe", "return_dropout", "target_return")},
+    **{name: st.floats(1e-6, 1e-2) for name in ("lr", "actor_lr", "critic_lr")},
+    **{name: st.floats(1e-6, 1) for name in ("data_fraction", "rho", "cql_noise")},
     **{name: st.just(0.0) | st.floats(1e-3, 20) for name in ("beta_min", "beta_max")},
-    **{name: small_widths for name in ("widths", "critic_widths")},
+    **{name: small_widths for name in ("widths", "critic_widths", "inverse_widths")},
+    "width": st.integers(4, 12),
     "gamma": st.floats(0, 0.999),
     "seed": st.integers(0, 2**31 - 1),
     "quantiles": st.lists(st.floats(0, 1), max_size=3).map(tuple),
@@ -563,8 +582,13 @@ INVALID = {
     **{name: ("0", "-1", "1.5", "x", None) for name in ("eval_interval", "eval_episodes", "eval_candidates")},
     **{name: ("-0.1", "nan", "inf", "x", None) for name in ("eta", "zeta", "bc_weight", "max_grad_norm")},
     **{name: ("-0.1", "nan", "inf", "x", None) for name in ("reward_scale", "beta_min", "beta_max")},
-    **{name: ("0", "1.01", "nan", "x", None) for name in ("data_fraction", "rho", "actor_lr", "critic_lr")},
-    **{name: ("0", "-8", "1.5", "x", None) for name in ("widths", "critic_widths")},
+    **{name: ("0", "1.01", "nan", "x", None) for name in ("data_fraction", "rho", "lr", "actor_lr", "critic_lr")},
+    **{name: ("0", "-1", "1.5", "x", None) for name in ("window", "plan_candidates", "num_blocks", "policy_delay")},
+    **{name: ("0", "-1", "1.5", "x", None) for name in ("cql_actions", "omar_iterations", "omar_samples")},
+    **{name: ("1", "-1", "1.5", "x", None) for name in ("horizon", "width", "omar_elites")},
+    **{name: ("-0.1", "nan", "inf", "x", None) for name in ("alpha", "cql_alpha", "action_penalty", "target_noise")},
+    **{name: ("-0.1", "1.1", "nan", "x", None) for name in ("omar_coe", "return_dropout", "target_return")},
+    **{name: ("0", "-8", "1.5", "x", None) for name in ("widths", "critic_widths", "inverse_widths")},
     "gamma": ("1", "-0.1", "nan", "x", None),
     "seed": ("-1", str(2**31), "1e99", "x", None),
     "quantiles": ("1.1", "-0.1", "nan", "x"),
@@ -579,6 +603,8 @@ def contradictory(given, defaults):
     """Options that are valid alone but not together."""
     given = defaults | given
     if given.get("beta_min", 0) >= given.get("beta_max", 1):
+        return True
+    if given["batch_size"] < given.get("window", 1) or "horizon" in given and given["batch_size"] < 2:
         return True
     cloning = given.get("eta") == 0
     return cloning and (given.get("bc_weight") == 0 or given.get("eval_candidates", 1) > 1)
@@ -604,6 +630,8 @@ def program(monkeypatch, capfd, tmp_path, data_dir, pretrained):
 
 def drawn(strategies, script):
     defaults = {field.name: field.default for field in fields(importlib.import_module(script).Args)}
+    if script == "dom2_mamujoco":
+        strategies = strategies | {name: st.sampled_from(choices) for name, choices in ROBOTS.items()}
     optional = {name: strategies[name] for name in strategies if name in defaults}
     optional |= {name: st.just(not defaults[name]) for name in SWITCHES if name in defaults}  # --x or --no-x exists
     return st.fixed_dictionaries({}, optional=optional)
@@ -627,7 +655,9 @@ def test_valid_options_train_and_evaluate(script, program, tmp_path, data_dir, p
     @given(drawn(VALID, script))
     def check(options):
         given = SCRIPTS[script] | SMALL | dict(updates=2) | options
-        given |= dict(data_dir=str(data_dir), prey=str(pretrained / f"{given['scenario']}.pt"), run_dir=str(tmp_path))
+        given |= dict(data_dir=str(data_dir), run_dir=str(tmp_path))
+        if "prey" in defaults:
+            given["prey"] = str(pretrained / f"{given['scenario']}.pt")
         code, errors = program(script, flags(**given))
         if contradictory(given, defaults):
             assert code == 2 and errors.startswith("error: --") and errors.count("\n") == 1, errors
@@ -663,7 +693,7 @@ def test_an_invalid_option_ends_in_one_line(script, program, tmp_path, data_dir)
 # ---- memory ----
 
 
-@every_script
+@both_trainings
 def test_memory_stays_flat(script, start, tmp_path, data_dir):
     """Two hours of the default run on a CPU are about 115,000 updates: SOAK_UPDATES=115000 python -m pytest -k flat."""
     updates = int(os.environ.get("SOAK_UPDATES", 2_000))
