@@ -604,7 +604,7 @@ def contradictory(given, defaults):
     given = defaults | given
     if given.get("beta_min", 0) >= given.get("beta_max", 1):
         return True
-    if given["batch_size"] < given.get("window", 1) or "horizon" in given and given["batch_size"] < 2:
+    if given["batch_size"] < given.get("window", 1) or ("horizon" in given and given["batch_size"] < 2):
         return True
     cloning = given.get("eta") == 0
     return cloning and (given.get("bc_weight") == 0 or given.get("eval_candidates", 1) > 1)
