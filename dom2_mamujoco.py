@@ -748,6 +748,11 @@ def cuda_graph(step):
     return replay
 
 
+def compiled(step):
+    """`step()` through torch.compile, with the random numbers that it draws without."""
+    return torch.compile(step, options={"fallback_random": True})
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -1084,7 +1089,7 @@ def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, first_update
         return algorithm.act(learners, obs, args, generator)
 
     if args.compile:
-        step = cuda_graph(step) if device.type == "cuda" else torch.compile(step)
+        step = cuda_graph(step) if device.type == "cuda" else compiled(step)
     writer = SummaryWriter(run, purge_step=first_update + 1)
     bar = tqdm(total=args.updates, initial=first_update, unit="update", dynamic_ncols=True)
     with writer, bar, common.catch_signals() as stopped:

@@ -1,5 +1,6 @@
 """benchmark.py counts what it says it counts, and the captured update is the eager one."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,16 +41,24 @@ def test_command_prints_one_line_per_key_and_refuses_unknown_ones():
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: --only speed") and not wrong.stdout
 
 
+def losses_of_ten_updates(device, wrap, **options):
+    torch.manual_seed(0)
+    step = wrap(benchmark.make_step(3, 1_000, device=device, dataset="medium", batch_size=32, **options))
+    for _ in range(10):
+        metrics = step()
+    return {name: value.clone() for name, value in metrics.items()}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, such as Debian's g++")
+def test_compiled_updates_equal_eager_ones():
+    small = dict(widths=(8,), critic_widths=(8,), diffusion_steps=2, bf16=False)
+    eager, compiled = (losses_of_ten_updates("cpu", wrap, **small) for wrap in (lambda step: step, dom2_mpe.compiled))
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and a CUDA build of torch")
 def test_cuda_graph_equals_eager_updates():
-    results = []
-    for capture in (False, True):
-        torch.manual_seed(0)
-        step = benchmark.make_step(3, 1_000, device="cuda", batch_size=32)
-        if capture:
-            step = dom2_mpe.cuda_graph(step)
-        for _ in range(10):
-            metrics = step()
-        results.append({k: v.clone() for k, v in metrics.items()})
-    for key, value in results[0].items():
-        torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=1e-4)
+    eager, captured = (losses_of_ten_updates("cuda", wrap) for wrap in (lambda step: step, dom2_mpe.cuda_graph))
+    for name, value in eager.items():
+        torch.testing.assert_close(captured[name], value, rtol=1e-3, atol=1e-4)
