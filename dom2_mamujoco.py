@@ -466,27 +466,28 @@ class DiffusionPolicy(nn.Module):
 class TwinCritic(nn.Module):
     """Q_phi^1 and Q_phi^2 of every learner: obs [L, B, d], actions [L, B, K, A] -> [L, 2, B, K].
 
-    Parameters have leading axis 2 L, learner-major. The observation's share of the first layer is computed once for
-    all K actions.
+    Parameters have leading axis 2 L, learner-major.
     """
 
     def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, precision=None):
         super().__init__()
-        L = 2 * num_learners
         self.precision = precision
-        self.obs_in = StackedLinear(L, obs_size, widths[0])
-        self.action_in = StackedLinear(L, action_size, widths[0])
-        sizes = [*widths, 1]
-        self.layers = nn.ModuleList(StackedLinear(L, i, o) for i, o in pairwise(sizes))
+        sizes = [obs_size + action_size, *widths, 1]
+        self.layers = nn.ModuleList(StackedLinear(2 * num_learners, i, o) for i, o in pairwise(sizes))
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        L, B, K, A = actions.shape
-        x = self.action_in(actions.reshape(L, B * K, A).repeat_interleave(2, 0)).view(2 * L, B, K, -1)
-        x = x + self.obs_in(obs.repeat_interleave(2, 0))[:, :, None]
-        x = x.flatten(1, 2).to(dtype=self.precision)  # [2 L, B * K, H]
-        for layer in self.layers:
-            x = layer(F.relu(x))
-        return x.view(L, 2, B, K)
+        L, B, K, _ = actions.shape
+        C = len(self.layers[0].weight) // L  # 2, or 1 in `first`
+        x = torch.cat([obs[:, :, None].expand(-1, -1, K, -1), actions], -1).to(dtype=self.precision)
+        x = x.flatten(1, 2).repeat_interleave(C, 0)  # [C L, B * K, d + A]
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x).view(L, C, B, K)
+
+    def first(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Q_phi^1 alone: [L, B, d], [L, B, K, A] -> [L, B, K]."""
+        parameters = {name: parameter[::2] for name, parameter in self.named_parameters()}
+        return torch.func.functional_call(self, parameters, (obs, actions))[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -559,7 +560,7 @@ def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float
         loss [L], and a dict of metrics [L].
     """
     action = policy(batch.obs, batch.policy_noise)
-    q = critic(batch.obs, torch.stack([batch.action, action], 2))[:, 0]  # [L, B, 2]
+    q = critic.first(batch.obs, torch.stack([batch.action, action], 2))  # [L, B, 2]
     q_data = q[..., 0].detach()
     scale = (q_data.abs() if normaliser == "abs" else q_data).mean(-1)
     loss = -eta * q[..., 1].mean(-1) / scale
@@ -760,8 +761,8 @@ def compiled(step):
 @torch.no_grad()
 def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     """Sample actions: obs [L, E, d] -> [L, E, A]; the best by Q of `eval_candidates` where that is above 1."""
-    L, E, _ = obs.shape
-    K, A = args.eval_candidates, learners["critic"].action_in.weight.shape[1]
+    L, E, d = obs.shape
+    K, A = args.eval_candidates, learners["critic"].layers[0].weight.shape[1] - d
     chain = args.diffusion_steps * A if args.solver == "ddpm" else A
     noise = torch.randn(L, E * K, chain, generator=generator, device=obs.device)
     actions = learners["policy"](obs.repeat_interleave(K, 1), noise).view(L, E, K, A)

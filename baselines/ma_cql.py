@@ -34,8 +34,8 @@ import common
 import dom2_mpe
 from baselines import ma_td3bc
 from baselines.ma_bc import RunArgs, family, resolve_by
-from baselines.ma_td3bc import Critic, standardised, step
-from dom2_mpe import soft_update
+from baselines.ma_td3bc import standardised, step
+from dom2_mpe import TwinCritic, soft_update
 
 
 @dataclass
@@ -66,6 +66,8 @@ class Args(RunArgs):
     """weight of the squared action in the policy's loss"""
     max_grad_norm: float = 0.5
     """largest gradient norm per learner and network; 0: no clipping"""
+    bf16: bool = True
+    """the critics' hidden layers compute in bfloat16"""
 
 
 SETTINGS = {
@@ -107,7 +109,7 @@ def algorithm_name(args: Args) -> str:
     return "ma_cql"
 
 
-class BatchNormCritic(Critic):
+class BatchNormCritic(TwinCritic):
     """Twin critics of actions that are standardised over the minibatch: [L, B, d], [L, B, K, A] -> [L, 2, B, K]."""
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
@@ -154,12 +156,12 @@ def critic_loss(critic, target_critic, policy, target_policy, batch: Batch, args
 def policy_loss(policy, critic, batch: Batch, args):
     """-E[Q1(o, pi(o))] + action_penalty E[pi(o)^2]: [L], and a dict of metrics [L]."""
     action = policy(batch.obs)
-    q = critic(batch.obs, action[:, :, None])[:, 0, :, 0].mean(1)
+    q = critic.first(batch.obs, action[:, :, None])[..., 0].mean(1)
     return args.action_penalty * action.square().mean((1, 2)) - q, {"charts/q_policy": q.detach()}
 
 
 def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device):
-    critic = BatchNormCritic if args.batch_norm else Critic
+    critic = BatchNormCritic if args.batch_norm else TwinCritic
     return ma_td3bc.make_learners(args, num_learners, obs_size, action_size, device, critic)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ class Args(RunArgs):
     """largest absolute value of that noise"""
     max_grad_norm: float = 0.5
     """largest gradient norm per learner and network; 0: no clipping"""
+    bf16: bool = True
+    """the critics' hidden layers compute in bfloat16"""
 
 
 # alpha, noise, delay: TD3+BC's. Networks, rates and batches: OMAR's, whose authors ran it with them; its updates
@@ -83,22 +86,6 @@ def resolve(args: Args) -> Args:
 
 def algorithm_name(args: Args) -> str:
     return "ma_td3bc"
-
-
-class Critic(TwinCritic):
-    """Twin critics that start as if their first layer were one layer of observation and action together.
-
-    The two layers that TwinCritic has in its place start with larger weights for the few entries of the action. At the
-    high learning rates published with OMAR policies then saturate before the critics know anything.
-    """
-
-    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths):
-        super().__init__(num_learners, obs_size, action_size, widths)
-        bound = (obs_size + action_size) ** -0.5
-        with torch.no_grad():
-            for parameter in (self.obs_in.weight, self.obs_in.bias, self.action_in.weight):
-                parameter.uniform_(-bound, bound)
-            self.action_in.bias.zero_()
 
 
 class Batch(NamedTuple):
@@ -132,16 +119,17 @@ def policy_loss(policy, critic, batch: Batch, alpha: float):
     Returns:
         loss [L], and a dict of metrics [L].
     """
-    q = critic(batch.obs, policy(batch.obs)[:, :, None])[:, 0, :, 0]  # [L, B]
+    q = critic.first(batch.obs, policy(batch.obs)[:, :, None])[..., 0]  # [L, B]
     bc = bc_loss(policy, batch)
     metrics = {"losses/bc": bc.detach(), "charts/q_policy": q.detach().mean(1)}
     return -alpha * q.mean(1) / q.detach().abs().mean(1) + bc, metrics
 
 
-def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device, critic=Critic):
+def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device, critic=TwinCritic):
     """Policies, critics of the class `critic`, and their target copies: an nn.ModuleDict."""
     sizes = num_learners, obs_size, action_size, args.widths
     learners = nn.ModuleDict({"norm": ObservationNorm(num_learners, obs_size)})
+    critic = partial(critic, precision=torch.bfloat16 if args.bf16 else None)
     for name, network in (("policy", Policy), ("critic", critic)):
         learners[name], learners[f"target_{name}"] = network(*sizes), network(*sizes)
         learners[f"target_{name}"].load_state_dict(learners[name].state_dict())

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,10 +128,10 @@ def policy_loss(policy, critic, batch, args):
     Where the policy's own action has the higher Q, it is its own target.
     """
     action = policy(batch.obs)
-    q = critic(batch.obs, action[:, :, None])[:, 0, :, 0]  # [L, B]
+    q = critic.first(batch.obs, action[:, :, None])[..., 0]  # [L, B]
     with torch.no_grad():
         found, found_q = zeroth_order(
-            lambda a: critic(batch.obs, a)[:, 0], batch.sampler_noise, args.omar_sigma, args.omar_elites
+            partial(critic.first, batch.obs), batch.sampler_noise, args.omar_sigma, args.omar_elites
         )
         target = torch.where((found_q > q)[..., None], found, action)
     mimic = (action - target).square().mean((1, 2))

@@ -380,11 +380,10 @@ def test_bf16_is_a_rounding_of_the_hidden_layers_alone(noise_net, prediction):
 
 def q_value(critic, learner, twin, obs, action):
     """One twin of one learner as a plain MLP of the observation and the action side by side, a Python float."""
-    k = 2 * learner + twin
-    first = torch.cat([critic.obs_in.weight[k], critic.action_in.weight[k]])
-    x = F.linear(torch.cat([obs, action]), first.T, critic.obs_in.bias[k, 0] + critic.action_in.bias[k, 0])
+    x, k = torch.cat([obs, action]), 2 * learner + twin
     for layer in critic.layers:
-        x = F.linear(x.relu(), layer.weight[k].T, layer.bias[k, 0])
+        x = F.linear(x, layer.weight[k].T, layer.bias[k, 0])
+        x = x if layer is critic.layers[-1] else x.relu()
     return x.item()
 
 
@@ -392,6 +391,7 @@ def test_twin_critic_is_two_plain_mlps_per_learner():
     args = options()
     critic, batch = make_learners(args)["critic"], make_batch(args)
     q = critic(batch.obs, batch.random_actions)
+    assert torch.equal(critic.first(batch.obs, batch.random_actions), q[:, 0])
     assert q.shape == (L, 2, B, 10)
     for learner, twin, b, k in np.ndindex(*q.shape):
         expected = q_value(critic, learner, twin, batch.obs[learner, b], batch.random_actions[learner, b, k])
