@@ -84,7 +84,7 @@ class RunArgs:
     reward_scale: float = 1.0
     """factor on the (standardised) rewards"""
 
-    eval_interval: int = 10_000
+    eval_interval: int = 2_500
     """updates between evaluations in the standard environment"""
     eval_episodes: int = 32
     """episodes per seed of every evaluation"""
@@ -154,12 +154,12 @@ class Args(RunArgs):
 # What differs per data set, found by experiment (README, "Settings"). An option on the command line wins.
 SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta")
 SETTINGS = {
-    "random": (50_000, (128, 128), 1e-3, 1e-3, 10.0, 0.0),
-    "random-medium": (50_000, (128, 128), 1e-3, 1e-3, 2.0, 0.0),
-    "medium-replay": (50_000, (128, 128), 1e-3, 1e-3, 2.0, 0.0),
-    "medium": (50_000, (128, 128), 1e-3, 1e-3, 1.0, 0.1),
-    "medium-expert": (50_000, (128, 128), 1e-3, 1e-3, 1.0, 0.5),
-    "expert": (50_000, (128, 128), 1e-3, 1e-3, 1.0, 0.5),
+    "random": (10_000, (128, 128), 1e-3, 1e-3, 10.0, 0.0),
+    "random-medium": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0),
+    "medium-replay": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0),
+    "medium": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0),
+    "medium-expert": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0),
+    "expert": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0),
 }
 SETTINGS = {(scenario, dataset): values for scenario in SCENARIOS for dataset, values in SETTINGS.items()}
 

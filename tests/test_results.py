@@ -17,6 +17,9 @@ KEYS = {
 }
 
 
+SHIFTS = {"landmarks6": ("dismiss",), "HalfCheetah": ("random", "extreme")}  # and "speed"
+
+
 def load(algorithm, scenario, dataset):
     path = ROOT / "results" / algorithm / f"{scenario}-{dataset}.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -29,9 +32,9 @@ def test_results_file_is_complete_and_in_its_place(path):
     assert results["data"].keys() >= {"mean", "std", "max", "transitions"}
     assert path.name == f"{results['scenario']}-{results['dataset']}.json"
     assert f"{path.parent.name}-".startswith(f"{results['algorithm']}-")  # a variant's folder goes on with its options
-    assert results["returns"].keys() == {"none", "dismiss" if results["scenario"] == "landmarks6" else "speed"}
+    assert results["returns"].keys() == {"none", *SHIFTS.get(results["scenario"], ("speed",))}
     assert all(len(returns) == results["num_seeds"] >= 3 for returns in results["returns"].values())
-    assert results["eval_episodes"] >= 1000
+    assert results["eval_episodes"] >= (32 if results["scenario"] == "HalfCheetah" else 1000)
     assert re.fullmatch("[0-9a-f]{40}", results["commit"]) and results["command"].startswith("python ")
 
 
@@ -43,7 +46,8 @@ def row(scenario, dataset):
     """The README's row of a data set, from the raw files alone."""
     results = {name: load(name, scenario, dataset) for name in ("dom2", "bc")}
     cells = {}
-    for shift in ("none", "speed"):
+    shifts = SHIFTS.get(scenario, ("speed",))
+    for shift in ("none", *shifts):
         for name, result in results.items():
             x = result and result["returns"][shift]
             cells[name, shift] = mean_std(statistics.mean(x), statistics.pstdev(x)) if x else "not run"
@@ -54,12 +58,12 @@ def row(scenario, dataset):
     paper = common.normalised_score(scenario, common.paper_result(scenario, dataset, "none")[0])
     cells["normalised"] = f"{f'{ours:.1f}' if results['dom2'] else '-'} / {paper:.1f}"
     order = [("dom2", "none"), ("bc", "none"), "data", ("paper", "none"), "normalised"]
-    order += [("dom2", "speed"), ("bc", "speed"), ("paper", "speed")]
+    order += [(name, shift) for shift in shifts for name in ("dom2", "bc", "paper")]
     return f"| `{scenario}` {dataset} | " + " | ".join(cells[key] for key in order) + " |"
 
 
 @pytest.mark.parametrize("dataset", common.DATASETS)
-@pytest.mark.parametrize("scenario", ("simple_spread", "simple_tag", "simple_world"))
+@pytest.mark.parametrize("scenario", ("simple_spread", "simple_tag", "simple_world", "HalfCheetah"))
 def test_readme_shows_the_raw_results(scenario, dataset):
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert row(scenario, dataset) in lines
