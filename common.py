@@ -56,10 +56,17 @@ def keep_freed_memory() -> None:
 
 
 def run(main) -> None:
-    """Run `main()`; a UserError ends the program with its one line and exit code 2, Ctrl-C with 130."""
+    """Run `main()`; a UserError ends the program with its one line and exit code 2, Ctrl-C with 130.
+
+    A reader that closes the pipe, such as `head`, ends it without a word, as it does other programs.
+    """
     keep_freed_memory()
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes to at its end
+        sys.exit(141)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

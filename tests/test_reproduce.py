@@ -194,6 +194,15 @@ def test_a_finished_run_is_collected(tiny, no_starts):
     assert job.result.read_text() == text and the_state(*tiny) == "done"
 
 
+def test_a_reader_that_leaves_early_ends_the_program_without_a_word():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "reproduce.py"), "table1", "--dry-run"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr
+
+
 def test_dry_run_lists_commands_and_estimates_the_time(tiny, tmp_path, capsys):
     args, further = replace(tiny[0], dry_run=True, updates=100, algorithms=("bc", "dom2")), tiny[1]
     made = {"algorithm": "dom2", "scenario": "simple_spread", "seconds": 36.0, "updates": 1}
