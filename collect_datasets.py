@@ -33,6 +33,7 @@ import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, pairwise, starmap
 from pathlib import Path
 
@@ -351,6 +352,8 @@ def rollout(env, generator: torch.Generator, policies, prey) -> tuple[Tensor, Te
         steps.append(rows)
         going.append(~torch.from_numpy(fallen))
         obs = next_obs
+        if getattr(env, "terminated", fallen).all():
+            break
     going = torch.stack(going, 1)  # [E, steps]
     return torch.stack(steps, 2)[:, going], going.sum(1)
 
@@ -456,10 +459,18 @@ def replay_rows(scenario: str, behaviour: dict) -> tuple[Tensor, int]:
 BLOCK = 25  # robots' episodes that one core rolls out together
 
 
+@cache
+def robots(scenario: str, num_envs: int):
+    """The robots of one core, made once."""
+    return make_env(scenario, num_envs, 0)
+
+
 def rollout_block(scenario: str, num_envs: int, seed: tuple[int, ...], policies) -> tuple[Tensor, Tensor]:
-    """One episode of each of `num_envs` new robots, as `rollout` returns it: a piece of work for one core."""
+    """One episode of each of `num_envs` robots, as `rollout` returns it: a piece of work for one core."""
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    return rollout(make_env(scenario, num_envs, seed), generator, policies, None)
+    env = robots(scenario, num_envs)
+    env.seed(seed)
+    return rollout(env, generator, policies, None)
 
 
 def robot_rollouts(scenario: str, policies, seed: tuple[int, ...], num_transitions: int):

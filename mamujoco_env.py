@@ -140,14 +140,18 @@ class MujocoEnv:
         self.obs_size = max(env.observation_space(agent).shape[0] for agent in env.possible_agents)
         self.state_size = len(env.state())
         self.ratios = np.ones((num_envs, 3))  # drawn gear, torso and friction
+        self.seed(seed)
+        self.obs = np.zeros((num_envs, self.num_agents, self.obs_size), np.float32)
+        self.state = np.zeros((num_envs, self.state_size), np.float32)  # what a single agent would see
+        self.terminated = np.zeros(num_envs, bool)
+
+    def seed(self, seed) -> None:
+        """From the next reset on, the episodes of a new object with this seed; the robots are costly to make."""
         self._generators = []  # of the shifts
         for i, robot in enumerate(self.robots):
             sequence = np.random.SeedSequence([*(seed if isinstance(seed, tuple) else (seed,)), i])
             robot.np_random = np.random.default_rng(int(sequence.generate_state(1)[0]))
             self._generators.append(np.random.default_rng(sequence.spawn(1)[0]))
-        self.obs = np.zeros((num_envs, self.num_agents, self.obs_size), np.float32)
-        self.state = np.zeros((num_envs, self.state_size), np.float32)  # what a single agent would see
-        self.terminated = np.zeros(num_envs, bool)
 
     def reset(self) -> np.ndarray:
         """Start a new episode in every environment. Returns obs [E, n, d]."""

@@ -104,6 +104,20 @@ def test_an_environments_episodes_depend_on_seed_and_number_alone():
     assert len(np.unique(many.obs.reshape(4, -1), axis=0)) == 4
 
 
+def test_a_used_environment_with_a_new_seed_equals_a_new_one():
+    actions = np.random.default_rng(0).uniform(-1, 1, (30, 3, 3, 1))
+
+    def play(env):
+        return [env.reset(), *(env.step(a)[0] for a in actions)], env.state
+
+    used = MujocoEnv("Hopper", 3, seed=1)
+    play(used)
+    used.seed((7, 2))
+    (obs, state), (expected_obs, expected_state) = play(used), play(MujocoEnv("Hopper", 3, seed=(7, 2)))
+    np.testing.assert_array_equal(obs, expected_obs)
+    np.testing.assert_array_equal(state, expected_state)
+
+
 def test_random_state_goes_on_where_it_was():
     env, copy = MujocoEnv("HalfCheetah", 2, "extreme", seed=1), MujocoEnv("HalfCheetah", 2, "extreme", seed=9)
     env.reset()
@@ -522,6 +536,24 @@ def test_a_run_and_its_continuation(robots_data, tmp_path):
     policy, env = dom2_mamujoco.load_policy(first, 1), library_env("HalfCheetah", "2x3")
     actions = policy(env.reset(seed=0)[0])
     assert list(actions) == ["agent_0", "agent_1"] and all(a.shape == (3,) for a in actions.values())
+
+
+def test_losses_that_are_not_finite_end_the_run(robots_data, tmp_path, monkeypatch):
+    calls, update = [], dom2_mamujoco.update
+
+    def broken(*args):
+        calls.append(1)
+        metrics = update(*args)
+        if len(calls) >= 3:
+            metrics["losses/q"][1] = float("nan")  # agent 1
+        return metrics
+
+    monkeypatch.setattr(dom2_mamujoco, "update", broken)
+    args = options(tmp_path, robots_data, scenario="Hopper", eval_interval=2, shift=("none",))
+    with pytest.raises(UserError, match="update 3: losses/q of seed 0, agent 1 is not finite"):
+        dom2_mamujoco.train(args, dom2_mamujoco)
+    (run,) = tmp_path.iterdir()
+    assert common.load_torch(run / "checkpoint.pt")["updates"] == 2 and not (run / "results.json").exists()
 
 
 def test_robots_that_fall_are_evaluated_to_their_fall(robots_data, tmp_path, capsys):

@@ -62,8 +62,22 @@ def row(scenario, dataset):
     return f"| `{scenario}` {dataset} | " + " | ".join(cells[key] for key in order) + " |"
 
 
+def comparison(scenario, dataset, algorithms=("dom2", "ma_td3bc", "ma_cql", "omar")):
+    """The README's row of the baselines on a data set, in the standard environment; None without any of them."""
+    results = {name: load(name, scenario, dataset) for name in algorithms}
+    if not any(results[name] for name in algorithms[1:]):
+        return None
+    cells = []
+    for result in results.values():
+        x = result and result["returns"]["none"]
+        cells.append(mean_std(statistics.mean(x), statistics.pstdev(x)) if x else "not run")
+    cells += [mean_std(*common.paper_result(scenario, dataset, "none", name)) for name in ("MA-CQL", "OMAR")]
+    return f"| `{scenario}` {dataset} | " + " | ".join(cells) + " |"
+
+
 @pytest.mark.parametrize("dataset", common.DATASETS)
 @pytest.mark.parametrize("scenario", ("simple_spread", "simple_tag", "simple_world", "HalfCheetah"))
 def test_readme_shows_the_raw_results(scenario, dataset):
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert row(scenario, dataset) in lines
+    assert (comparison(scenario, dataset) or row(scenario, dataset)) in lines

@@ -305,6 +305,30 @@ def test_a_run_is_not_continued_while_it_still_runs(script, start, tmp_path, dat
     assert_same_run(run, the_run(tmp_path / "whole"))
 
 
+@both_trainings
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number, script, start, tmp_path, data_dir):
+    words = flags(**SCRIPTS[script], **SMALL | dict(updates=150, eval_interval=100), data_dir=str(data_dir))
+    finish(start(script, words, tmp_path / "whole"))
+    program = start(script, words, tmp_path / "run")
+    while program.running() and not list(
+        tmp_path.glob("run/runs/*/checkpoint-previous.pt")
+    ):  # from the first evaluation on
+        time.sleep(0.001)
+    os.kill(program.pid, number)
+    code, printed = program.wait()
+    run = the_run(tmp_path / "run")
+    update = common.load_torch(run / "checkpoint.pt")["updates"]
+    assert 100 <= update < 150 and code == 128 + number
+    last = printed.splitlines()[-1]
+    assert last.startswith(f"stopped after update {update}; go on with: python ")
+    assert last.endswith(f"{script}.py --resume runs/{run.name}")
+    finish(start(script, flags(resume=str(run), data_dir=str(data_dir)), tmp_path / "run"))
+    whole = the_run(tmp_path / "whole")  # whose log lacks the update at which the run was stopped
+    assert_same(*(common.load_torch(x / "checkpoint.pt")["learners"] for x in (run, whole)))
+    assert_same(*(json.loads((x / "results.json").read_text())["returns"] for x in (run, whole)))
+
+
 # ---- full disks: files cannot grow beyond a limit ----
 
 
