@@ -154,7 +154,7 @@ class Args(RunArgs):
 # What differs per data set, found by experiment (README, "Settings"). An option on the command line wins.
 SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta")
 SETTINGS = {
-    "random": (10_000, (128, 128), 1e-3, 1e-3, 10.0, 0.0),
+    "random": (10_000, (128, 128), 1e-3, 1e-3, 1.0, 0.0),
     "random-medium": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0),
     "medium-replay": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0),
     "medium": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0),
