@@ -295,6 +295,8 @@ def show_data(row: Row) -> str:
 
 def show_wins(winners: list[Variant | None]) -> str:
     labels = [variant.label for variant in winners if variant]
+    if not labels:
+        return "no such row"
     return ", ".join(f"{label} {labels.count(label)}" for label in dict.fromkeys(labels)) + f" of {len(labels)} rows"
 
 

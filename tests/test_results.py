@@ -81,3 +81,16 @@ def test_readme_shows_the_raw_results(scenario, dataset):
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert row(scenario, dataset) in lines
     assert (comparison(scenario, dataset) or row(scenario, dataset)) in lines
+
+
+@pytest.mark.parametrize("shift", ["none", "dismiss"])
+@pytest.mark.parametrize("dataset", ["medium", "expert"])
+def test_readme_shows_the_six_landmarks(dataset, shift):
+    cells = []
+    for algorithm in ("dom2", "ma_cql", "omar"):
+        results = load(algorithm, "landmarks6", dataset)
+        x, distinct = results["returns"][shift], statistics.mean(results["assignments"][shift]["distinct"])
+        cells.append(f"{mean_std(statistics.mean(x), statistics.pstdev(x))} ({distinct:.1f})")
+    line = f"| `landmarks6` {dataset} | {'standard' if shift == 'none' else '`dismiss`'} | {' | '.join(cells)} | "
+    line += f"{results['data']['mean']:.1f} |" if shift == "none" else "|"
+    assert line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
