@@ -126,7 +126,7 @@ class Args(RunArgs):
     """weight of the diffusion loss in Eq. 5"""
     zeta: float | None = None
     """weight of the conservative term in Eq. 1; 0 turns it off"""
-    max_grad_norm: float = 0.0
+    max_grad_norm: float | None = None
     """largest gradient norm per learner and network; 0: no clipping"""
 
     diffusion_steps: int = 5
@@ -152,14 +152,14 @@ class Args(RunArgs):
 
 
 # What differs per data set, found by experiment (README, "Settings"). An option on the command line wins.
-SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta")
+SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta", "max_grad_norm")
 SETTINGS = {
-    "random": (10_000, (128, 128), 1e-3, 1e-3, 1.0, 0.0),
-    "random-medium": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0),
-    "medium-replay": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0),
-    "medium": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0),
-    "medium-expert": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0),
-    "expert": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0),
+    "random": (10_000, (128, 128), 1e-3, 1e-3, 1.0, 0.0, 0.0),
+    "random-medium": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
+    "medium-replay": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
+    "medium": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
+    "medium-expert": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
+    "expert": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
 }
 SETTINGS = {(scenario, dataset): values for scenario in SCENARIOS for dataset, values in SETTINGS.items()}
 
