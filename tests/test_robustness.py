@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -106,7 +107,7 @@ class Program:
         os.mkfifo(pipe)
         self.ask, self.output = ask, os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         self.pid = ask([module, words, str(folder), "output", largest_file, deadly, str(pretrained)])
-        self.pipe = pipe
+        self.pipe, self.printed = pipe, b""
 
     def kill(self, seconds):
         """Kill it when it has computed for that long, if it still runs then; it is there until it is waited for."""
@@ -121,17 +122,21 @@ class Program:
     def resident(self):
         """Yields its resident pages as long as it runs."""
         while self.running():
+            self.read()  # a full pipe would stop it
             if pages := int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]):
                 yield pages
 
+    def read(self):
+        with suppress(BlockingIOError):  # nothing new
+            while chunk := os.read(self.output, 1 << 16):
+                self.printed += chunk
+
     def wait(self):
         code, self.seconds = self.ask(self.pid)
-        printed = b""
-        while chunk := os.read(self.output, 1 << 16):
-            printed += chunk
+        self.read()
         os.close(self.output)
         self.pipe.unlink()
-        return code, printed.decode()
+        return code, self.printed.decode()
 
 
 @pytest.fixture(scope="module")
