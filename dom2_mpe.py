@@ -163,7 +163,7 @@ SETTINGS = {
     ("simple_tag", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
     ("simple_tag", "expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
     ("simple_world", "random"): (3_000, (128, 128), 3e-3, 1e-2, 10.0, 0.0, 0.5),
-    ("simple_world", "random-medium"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
+    ("simple_world", "random-medium"): (5_000, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
     ("simple_world", "medium-replay"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
     ("simple_world", "medium"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
     ("simple_world", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
