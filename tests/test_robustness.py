@@ -504,13 +504,17 @@ def test_a_damaged_checkpoint_is_never_evaluated(trained, start, tmp_path):
     script, run = trained
     shutil.copytree(run, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint.pt"
-    middle = checkpoint.stat().st_size // 2
-    checkpoint.write_bytes(flipped(checkpoint.read_bytes(), middle, 3))
+
+    def damage():
+        whole, middle = checkpoint.read_bytes(), checkpoint.stat().st_size // 2
+        checkpoint.write_bytes(whole[:middle] + whole[middle:][:200][::-1] + whole[middle + 200 :])  # more than padding
+
+    damage()
     words = flags(eval_only=str(tmp_path / "run"), cuda=False)
     printed = finish(start(script, words, tmp_path / "first"))
     assert printed.startswith(f"warning: {checkpoint}: ") and "the one before" in printed
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["updates"] == 4
-    checkpoint.write_bytes(flipped(checkpoint.read_bytes(), middle, 3))
+    damage()
     code, printed = start(script, words, tmp_path / "second").wait()
     assert code == 2 and printed.startswith(f"error: {checkpoint}: ") and printed.count("\n") == 1
 
@@ -704,6 +708,8 @@ def test_valid_options_train_and_evaluate(script, program, tmp_path, data_dir, p
 def test_an_invalid_option_ends_in_one_line(script, program, tmp_path, data_dir):
     names = {field.name for field in fields(importlib.import_module(script).Args)} | {"nonsense"}
     wrong = [(name, word) for name, words in INVALID.items() if name in names for word in words]
+    if script == "dom2_mamujoco":
+        wrong.remove(("shift", None))  # a robot's shifts are a list, which may be empty
 
     def check(options, error):
         name, word = error
@@ -733,5 +739,6 @@ def test_memory_stays_flat(script, start, tmp_path, data_dir):
         resident.append(pages)
         time.sleep(0.02)
     finish(program)
-    early, late = resident[len(resident) // 10], resident[-len(resident) // 10 :]
+    warm = 10 if "SOAK_UPDATES" in os.environ else 2  # a short run has warmed up only by its middle
+    early, late = resident[len(resident) // warm], resident[-len(resident) // 10 :]
     assert len(late) > 5 and max(late) < 1.03 * early
