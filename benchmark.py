@@ -94,7 +94,7 @@ def gemm_fraction_cpu() -> str:
         for product in record.products:
             torch.bmm(*operands[product])
 
-    update, plain = alternate(step, products, repeats=3)
+    update, plain = alternate(step, products, repeats=9)
     flops = counter.get_total_flops()
     return f"{plain / update:.2f} ({flops / update / 1e9:.0f} of {flops / plain / 1e9:.0f} GFLOP/s)"
 

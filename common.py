@@ -52,7 +52,7 @@ def keep_freed_memory() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
         if mallopt is not None:
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: its maximum, 32 MB
+            mallopt(-3, 2**28) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 256 MB, or the maximum before glibc 2.35
 
 
 def run(main) -> None:
