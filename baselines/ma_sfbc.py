@@ -1,6 +1,6 @@
 """MA-SfBC: SfBC (Chen et al. 2023) for every agent by itself: a diffusion policy clones the data, Q chooses.
 
-    behaviour      Figure 8's noise network predicts the noise at any time in (1e-5, 1): dom2_mpe.diffusion_loss
+    behaviour      a noise network predicts the noise at any time in (1e-5, 1): dom2_mpe.diffusion_loss
     value          V(o) = sum_k softmax_k(alpha Q(o, a_k)) Q(o, a_k), a_k actions of the behaviour
     planning       R_t = r_t + gamma max(R_{t+1}, V(o_{t+1})), backwards along a trajectory of the data
     critic_loss    (Q(o_t, a_t) - R_t)^2: in-sample planning
@@ -16,9 +16,11 @@ What differs from the original:
   of Q and fresh actions of the behaviour so far.
 - The end of an episode is a time limit: R continues with V there, where the original stops with 0.
 - It standardises returns at every recomputation, so that alpha has a scale; here rewards are standardised and scaled.
-- First-order DPM-Solver with 5 steps for third order with 15, networks of 128-64-32 for 512-256-128, batches of 256 for
-  4,096, fewer updates at a behaviour learning rate of 5e-4 for 1e-4, 8 candidates in planning for 16. `--widths 512 256
-  128 --diffusion-steps 15 --plan-candidates 16 --batch-size 4096 --actor-lr 1e-4` and time undo most of it.
+- Sampling planning's candidates takes most of an update's time, so the critic learns from 4 of a minibatch's windows.
+- First-order DPM-Solver with 5 steps for third order with 15, DOM2's MLP for Figure 8's network of 512-256-128, batches
+  of 256 for 4,096, fewer updates at a behaviour learning rate of 2e-3 for 1e-4, 8 candidates in planning for 16.
+  `--noise-net residual --widths 512 256 128 --diffusion-steps 15 --plan-candidates 16 --batch-size 4096 --plan-windows
+  163 --actor-lr 1e-4` and time undo most of it.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 
 import common
 from baselines.ma_bc import MLP, RunArgs, adam, family, resolve_by
-from dom2_mpe import DiffusionPolicy, NoiseSchedule, ResidualNoiseNet, diffusion_loss, soft_update
+from dom2_mpe import NOISE_NETS, DiffusionPolicy, NoiseSchedule, diffusion_loss, soft_update
 
 
 @dataclass
@@ -47,12 +49,14 @@ class Args(RunArgs):
 
     reward_scale: float | None = None
     """factor on the standardised rewards; by default one that gives returns a spread of about 1, as alpha expects"""
-    actor_lr: float = 5e-4
+    actor_lr: float = 2e-3
     """Adam's learning rate of the behaviour policies"""
     critic_lr: float = 1e-3
     """Adam's learning rate of the critics"""
-    widths: tuple[int, ...] = (128, 64, 32)
-    """widths of the noise network's downward half"""
+    noise_net: str = "mlp"
+    """mlp, or residual (Figure 8, after the original)"""
+    widths: tuple[int, ...] = (128, 128, 128)
+    """widths of the noise network's layers; of its downward half for residual"""
     critic_widths: tuple[int, ...] = (256, 256)
     """widths of the critics' hidden layers"""
     gamma: float | None = None
@@ -61,6 +65,8 @@ class Args(RunArgs):
     """the critic that plans moves by this share of the difference each update"""
     window: int = 25
     """consecutive steps to plan over; a minibatch is batch_size // window of these windows"""
+    plan_windows: int = 4
+    """windows of a minibatch that the critic learns from; the behaviour learns from all"""
     alpha: float = 20.0
     """how strongly V prefers candidates of high Q"""
     plan_candidates: int = 8
@@ -80,17 +86,18 @@ class Args(RunArgs):
 
 
 SETTINGS = {
-    "particles": {"updates": 6_000, "gamma": 0.95, "reward_scale": 0.2, "batch_size": 256, "eval_interval": 3_000},
+    "particles": {"updates": 4_000, "gamma": 0.95, "reward_scale": 0.2, "batch_size": 256, "eval_interval": 2_000},
     "robots": {"updates": 50_000, "gamma": 0.99, "reward_scale": 0.05, "batch_size": 256, "eval_interval": 25_000},
 }
 RULES = (
-    (("window", "plan_candidates"), "at least 1", lambda x: x >= 1),
+    (("window", "plan_windows", "plan_candidates"), "at least 1", lambda x: x >= 1),
     (("alpha", "eval_alpha"), "finite and not negative", lambda x: 0 <= x < math.inf),
 )
 
 
 def resolve(args: Args) -> Args:
     """Fill the options left open from SETTINGS and check all of them; raises UserError."""
+    common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
     args = resolve_by(args, SETTINGS, {}, RULES)
     if args.beta_min >= args.beta_max:
         raise common.UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")
@@ -125,7 +132,7 @@ class Batch(NamedTuple):
     real: Tensor  # [L, B], 0 for what a window has beyond the end of its trajectory
     tau: Tensor  # [L, B], diffusion times
     eps: Tensor  # [L, B, A], noise of the diffusion loss
-    plan_noise: Tensor  # [L, B, K, A], starts the behaviour's chains
+    plan_noise: Tensor  # [L, B', K, A], starts the behaviour's chains; the critic learns from the first B' steps only
 
 
 def candidates(policy, obs: Tensor, noise: Tensor) -> Tensor:
@@ -151,6 +158,7 @@ def planning(reward: Tensor, next_value: Tensor, real: Tensor, gamma: float) -> 
 
 def critic_loss(critic, target_critic, policy, batch: Batch, window: int, gamma: float, alpha: float):
     """Squared error to the planned returns, [L], and a dict of metrics [L]."""
+    batch = Batch(*(x[:, : batch.plan_noise.shape[1]] for x in batch))
     with torch.no_grad():
         actions = candidates(policy, batch.next_obs, batch.plan_noise)
         next_value = (1 - batch.done) * value(target_critic(batch.next_obs, actions), alpha)  # [L, B]
@@ -170,7 +178,7 @@ def choose(q: Tensor, actions: Tensor, alpha: float, generator=None) -> Tensor:
 
 def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
     sizes = num_learners, obs_size, action_size
-    net = ResidualNoiseNet(*sizes, args.widths, torch.bfloat16 if args.bf16 else None)
+    net = NOISE_NETS[args.noise_net](*sizes, args.widths, torch.bfloat16 if args.bf16 else None)
     schedule = NoiseSchedule(args.beta_min, args.beta_max)
     learners = {"policy": DiffusionPolicy(net, schedule, args.diffusion_steps, "noise")}
     learners |= {name: Critic(*sizes, args.critic_widths) for name in ("critic", "target_critic")}
@@ -205,7 +213,7 @@ def sample_batch(data, args: Args, num_learners: int) -> Batch:
         real=(step < length).flatten(1).to(obs.dtype),
         tau=1e-5 + (1 - 1e-5) * torch.rand(L, B, device=device),
         eps=torch.randn(L, B, A, device=device),
-        plan_noise=torch.randn(L, B, args.plan_candidates, A, device=device),
+        plan_noise=torch.randn(L, min(M, args.plan_windows) * H, args.plan_candidates, A, device=device),
     )
 
 
@@ -228,7 +236,7 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
 @torch.no_grad()
 def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     """Candidates of the behaviour, one of them chosen by Q: obs [L, E, d] -> [L, E, A]."""
-    A = learners["policy"].net.out.bias.shape[-1]
+    A = learners["critic"].layers[0].weight.shape[1] - obs.shape[-1]
     noise = torch.randn(*obs.shape[:2], args.eval_candidates, A, generator=generator, device=obs.device)
     actions = candidates(learners["policy"], obs, noise)
     return choose(learners["critic"](obs, actions), actions, args.eval_alpha, generator)

@@ -261,13 +261,14 @@ def test_sfbc_critic_loss():
     learners = ma_sfbc.make_learners(args, L, D, A, "cpu").double()
     critic, policy = learners["critic"], learners["policy"]
     target_critic = networks(ma_sfbc.Critic, L, D, A, (7, 6))
-    obs, next_obs, action = normal(L, 6, D), normal(L, 6, D, seed=1), normal(L, 6, A, seed=2).tanh()
-    real = torch.tensor([[1.0, 1, 1, 1, 1, 0]] * L).double()
-    done = torch.tensor([[0.0, 0, 0, 0, 1, 0]] * L).double()
-    batch = ma_sfbc.Batch(
-        obs, action, normal(L, 6, seed=3), next_obs, done, real, None, None, plan_noise=normal(L, 6, 5, A, seed=4)
-    )
+    obs, next_obs, action = normal(L, 9, D), normal(L, 9, D, seed=1), normal(L, 9, A, seed=2).tanh()
+    real = torch.tensor([[1.0, 1, 1, 1, 1, 0, 1, 1, 1]] * L).double()
+    done = torch.tensor([[0.0, 0, 0, 0, 1, 0, 0, 0, 0]] * L).double()
+    reward, tau, eps = normal(L, 9, seed=3), normal(L, 9, seed=5), normal(L, 9, A, seed=6)
+    plan_noise = normal(L, 6, 5, A, seed=4)  # two of the three windows are planned over
+    batch = ma_sfbc.Batch(obs, action, reward, next_obs, done, real, tau, eps, plan_noise)
     loss, _ = ma_sfbc.critic_loss(critic, target_critic, policy, batch, 3, 0.9, 2.0)
+    obs, action, next_obs, done = obs[:, :6], action[:, :6], next_obs[:, :6], done[:, :6]
     candidates = torch.stack([policy(next_obs, batch.plan_noise[:, :, k]) for k in range(5)], 2)
     q = torch.stack([target_critic(next_obs, candidates[:, :, k : k + 1])[..., 0] for k in range(5)], -1)
     value = (1 - done) * (torch.softmax(2.0 * q, -1) * q).sum(-1)
@@ -404,7 +405,7 @@ def test_sfbc_prefers_the_better_of_two_modes():
     torch.manual_seed(0)
     data = two_modes()
     args = options(
-        ma_sfbc, widths=(32, 16), critic_widths=(32,), batch_size=128, window=4, plan_candidates=2, gamma=0.5,
+        ma_sfbc, widths=(64, 64), critic_widths=(32,), batch_size=128, window=4, plan_candidates=2, gamma=0.5,
         actor_lr=5e-3, critic_lr=5e-3, bf16=False, diffusion_steps=10,
     )  # fmt: skip
     learners = ma_sfbc.make_learners(args, 2, D, A, "cpu")
@@ -534,6 +535,7 @@ def test_sfbc_windows():
     # the first has windows from 0 and 1, the second is shorter than a window, the third has them from 8 to 13
     assert set(starts.nonzero().flatten().tolist()) == {0, 1, 5, *range(8, 14)}
     assert torch.equal(batch.next_obs, batch.obs + 0.5)
+    assert batch.plan_noise.shape == (4, args.plan_windows * H, args.plan_candidates, A)
 
 
 # ---- updates ----
