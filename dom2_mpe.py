@@ -150,12 +150,12 @@ class Args(RunArgs):
 # What differs per scenario and data set, found by experiment (README, "Settings"). An option on the command line wins.
 SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta", "max_grad_norm")
 SETTINGS = {
-    ("simple_spread", "random"): (3_000, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
+    ("simple_spread", "random"): (6_000, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
     ("simple_spread", "random-medium"): (3_000, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
     ("simple_spread", "medium-replay"): (3_000, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_spread", "medium"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("simple_spread", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("simple_spread", "expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("simple_spread", "medium"): (4_000, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
+    ("simple_spread", "medium-expert"): (4_000, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
+    ("simple_spread", "expert"): (4_000, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
     ("simple_tag", "random"): (4_000, (128, 128), 3e-3, 1e-2, 10.0, 0.0, 0.5),
     ("simple_tag", "random-medium"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
     ("simple_tag", "medium-replay"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
@@ -163,7 +163,7 @@ SETTINGS = {
     ("simple_tag", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
     ("simple_tag", "expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
     ("simple_world", "random"): (3_000, (128, 128), 3e-3, 1e-2, 10.0, 0.0, 0.5),
-    ("simple_world", "random-medium"): (5_000, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
+    ("simple_world", "random-medium"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
     ("simple_world", "medium-replay"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
     ("simple_world", "medium"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
     ("simple_world", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
