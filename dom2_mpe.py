@@ -1102,6 +1102,7 @@ def train(args: RunArgs, algorithm) -> dict:
         "milliseconds_per_action": milliseconds_per_action(act, num_learners, obs_size, device),
         "settings": asdict(args),
         "hardware": hardware(device),
+        "first_update": checkpoint["updates"] if checkpoint else 0,  # those before it were made by earlier commands
         "seconds": round(time.time() - started, 1),
         "command": "python " + " ".join(sys.argv),
         "commit": git_commit(),

@@ -340,7 +340,9 @@ def estimate(job: Job, made: list[dict]) -> float | None:
     keys = ("algorithm", "scenario")
     wanted = {"algorithm": job.cell.variant.algorithm, "scenario": job.cell.scenario}
     for same in (keys, keys[:1], keys[1:], ()):
-        rates = [r["seconds"] / r["updates"] for r in made if all(r[key] == wanted[key] for key in same)]
+        alike = [r for r in made if all(r[key] == wanted[key] for key in same)]
+        updates = [r["updates"] - r.get("first_update", 0) for r in alike]
+        rates = [r["seconds"] / n for r, n in zip(alike, updates, strict=True) if n > 0]
         if rates:
             return statistics.median(rates) * job.settings["updates"]
     return None

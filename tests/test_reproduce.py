@@ -205,7 +205,7 @@ def test_a_reader_that_leaves_early_ends_the_program_without_a_word():
 
 def test_dry_run_lists_commands_and_estimates_the_time(tiny, tmp_path, capsys):
     args, further = replace(tiny[0], dry_run=True, updates=100, algorithms=("bc", "dom2")), tiny[1]
-    made = {"algorithm": "dom2", "scenario": "simple_spread", "seconds": 36.0, "updates": 1}
+    made = {"algorithm": "dom2", "scenario": "simple_spread", "seconds": 36.0, "updates": 11, "first_update": 10}
     path = report.result_path(Cell(Variant("dom2"), "simple_spread", "expert"), tmp_path / "results")
     report.write(path, json.dumps(fake(Cell(Variant("dom2"), "simple_spread", "expert"), {}) | made))
     before = sorted(tmp_path.rglob("*"))

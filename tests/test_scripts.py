@@ -291,7 +291,7 @@ def test_signals_save_and_say_how_to_go_on(number, small, tmp_path, monkeypatch,
     run = the_run(tmp_path / "runs")
     assert f"stopped after update 3; go on with: python dom2_mpe.py --resume {run}" in capsys.readouterr().out
     resumed = train(Args(resume=str(run), data_dir=small["data_dir"]))
-    assert resumed["returns"] == whole["returns"]
+    assert resumed["returns"] == whole["returns"] and (whole["first_update"], resumed["first_update"]) == (0, 3)
     assert_same_checkpoint(run, the_run(tmp_path / "whole"))
 
 
