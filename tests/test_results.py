@@ -62,7 +62,7 @@ def row(scenario, dataset):
     return f"| `{scenario}` {dataset} | " + " | ".join(cells[key] for key in order) + " |"
 
 
-def comparison(scenario, dataset, algorithms=("dom2", "ma_td3bc", "ma_cql", "omar")):
+def comparison(scenario, dataset, algorithms=("dom2", "ma_td3bc", "ma_cql", "omar", "ma_sfbc")):
     """The README's row of the baselines on a data set, in the standard environment; None without any of them."""
     results = {name: load(name, scenario, dataset) for name in algorithms}
     if not any(results[name] for name in algorithms[1:]):
@@ -71,7 +71,7 @@ def comparison(scenario, dataset, algorithms=("dom2", "ma_td3bc", "ma_cql", "oma
     for result in results.values():
         x = result and result["returns"]["none"]
         cells.append(mean_std(statistics.mean(x), statistics.pstdev(x)) if x else "not run")
-    cells += [mean_std(*common.paper_result(scenario, dataset, "none", name)) for name in ("MA-CQL", "OMAR")]
+    cells += [mean_std(*common.paper_result(scenario, dataset, "none", name)) for name in ("MA-CQL", "OMAR", "MA-SfBC")]
     return f"| `{scenario}` {dataset} | " + " | ".join(cells) + " |"
 
 
