@@ -310,18 +310,20 @@ def markdown_table(lines: list[list[str]]) -> str:
 
 def markdown(target: Target, rows: list[Row]) -> str:
     """For each scenario and environment a table of returns, here and in the paper, and one of normalised scores."""
-    columns = list(dict.fromkeys(cell.variant for cell in target.cells()))
-    labels = [variant.label for variant in columns]
+    everything = list(dict.fromkeys(cell.variant for cell in target.cells()))
     text = (
         f"# {target.title}\n\n"
         "Returns: mean ± standard deviation over seeds here / the same in the paper; bold is the best here.\n"
-        "Normalised scores: interquartile mean over seeds [95% bootstrap interval]. A dash: not run.\n\n"
+        "Normalised scores: interquartile mean over seeds [95% bootstrap interval]. A dash: not run here.\n\n"
         f"Cells run: {sum(len(row.here) for row in rows)} of {len(target.cells()) * len(target.shifts)}. "
         f"Best of at least two: {show_wins([row.best() for row in rows])} here; "
         f"{show_wins([row.best(paper=True) for row in rows])} in the paper.\n"
     )
     for shift, scenario in dict.fromkeys((row.shift, row.scenario) for row in rows):
         group = [row for row in rows if (row.shift, row.scenario) == (shift, scenario)]
+        columns = [v for v in everything if any(v in row.here or v in row.paper for row in group)]
+        labels = [variant.label for variant in columns]
+        missing = [variant.label for variant in everything if variant not in columns]
         returns = [["return", *labels, "data mean (max)", "best here", "best in the paper"]]
         scores = [["normalised score", *labels]]
         for row in group:
@@ -332,6 +334,8 @@ def markdown(target: Target, rows: list[Row]) -> str:
         text += f"\n## {scenario}, {'standard' if shift == 'none' else shift}\n\n{markdown_table(returns)}"
         if scenario in common.NORMALISATION:
             text += f"\n{markdown_table(scores)}"
+        if missing:
+            text += f"\nNot run on any of these data sets: {', '.join(missing)}.\n"
         if scenario == "landmarks6":
             found = [["assignments", *labels]] + [
                 [r.dataset, *(show_assignments(r, v) for v in columns)] for r in group
