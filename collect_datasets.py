@@ -32,6 +32,7 @@ import shutil
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, pairwise, starmap
@@ -593,6 +594,10 @@ def collect(
     behaviour = {"prey": None} if robots_random else load_behaviour(pretrained_dir, scenario)
     temporary = target.with_name(f".{dataset}-{os.getpid()}-{time.time_ns()}.tmp")
     replaced = temporary.with_suffix(".old")
+    for left in (*target.parent.glob(".*.tmp"), *target.parent.glob(".*.old")):
+        with suppress(FileNotFoundError):  # of a process that has just ended
+            if time.time() - left.stat().st_mtime > 86_400:  # no data set takes a day: a killed process left it
+                shutil.rmtree(left, ignore_errors=True)
     try:
         (temporary / path.name).mkdir(parents=True)
         with tqdm(desc=f"{scenario}/{dataset}", total=num_transitions, unit="step", unit_scale=True) as bar:

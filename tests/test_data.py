@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -705,6 +706,16 @@ def test_a_killed_process_of_the_same_id_is_not_in_the_way(tmp_path, collect):
     (tmp_path / "simple_tag" / f".random-{os.getpid()}.tmp" / "seed_0_data").mkdir(parents=True)
     collect("simple_tag", "random", tmp_path)
     load(tmp_path, "simple_tag", "random")
+
+
+def test_what_killed_processes_left_is_deleted_after_a_day(tmp_path, collect):
+    now, folder = time.time(), tmp_path / "simple_tag"
+    ages = {".random-1-1.tmp": 25, ".expert-2-2.old": 25, ".random-3-3.tmp": 23, "mine.tmp": 25, ".mine": 25}
+    for name, hours in ages.items():
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (now - 3600 * hours,) * 2)
+    collect("simple_tag", "random", tmp_path)
+    assert {path.name for path in folder.iterdir()} == {"random", ".random-3-3.tmp", "mine.tmp", ".mine"}
 
 
 @pytest.mark.parametrize("scenario, dataset", [("simple_tagg", "random"), ("simple_tag", "rondom")])
