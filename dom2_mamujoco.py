@@ -77,7 +77,7 @@ class RunArgs:
     """independent runs S, trained side by side in one program"""
     updates: int | None = None
     """gradient updates T of Algorithm 2; None here and below: from SETTINGS"""
-    batch_size: int = 256
+    batch_size: int | None = None
     """transitions per learner and update"""
     raw_rewards: bool = False
     """keep the rewards as they are instead of standardising them over the data set (mean 0, standard deviation 1)"""
@@ -152,14 +152,14 @@ class Args(RunArgs):
 
 
 # What differs per data set, found by experiment (README, "Settings"). An option on the command line wins.
-SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta", "max_grad_norm")
+SETTING_NAMES = ("updates", "batch_size", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta", "max_grad_norm")
 SETTINGS = {
-    "random": (10_000, (128, 128), 1e-3, 1e-3, 1.0, 0.0, 0.0),
-    "random-medium": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
-    "medium-replay": (10_000, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
-    "medium": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
-    "medium-expert": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
-    "expert": (10_000, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
+    "random": (10_000, 256, (128, 128), 1e-3, 1e-3, 1.0, 0.0, 0.0),
+    "random-medium": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
+    "medium-replay": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
+    "medium": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
+    "medium-expert": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
+    "expert": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
 }
 SETTINGS = {(scenario, dataset): values for scenario in SCENARIOS for dataset, values in SETTINGS.items()}
 

@@ -73,7 +73,7 @@ class RunArgs:
     """independent runs S, trained side by side in one program"""
     updates: int | None = None
     """gradient updates T of Algorithm 2; None here and below: from SETTINGS"""
-    batch_size: int = 256
+    batch_size: int | None = None
     """transitions per learner and update"""
     raw_rewards: bool = False
     """keep the rewards as they are instead of standardising them over the data set (mean 0, standard deviation 1)"""
@@ -148,32 +148,32 @@ class Args(RunArgs):
 
 
 # What differs per scenario and data set, found by experiment (README, "Settings"). An option on the command line wins.
-SETTING_NAMES = ("updates", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta", "max_grad_norm")
+SETTING_NAMES = ("updates", "batch_size", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta", "max_grad_norm")
 SETTINGS = {
-    ("simple_spread", "random"): (6_000, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_spread", "random-medium"): (3_000, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_spread", "medium-replay"): (3_000, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_spread", "medium"): (4_000, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
-    ("simple_spread", "medium-expert"): (4_000, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
-    ("simple_spread", "expert"): (4_000, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
-    ("simple_tag", "random"): (4_000, (128, 128), 3e-3, 1e-2, 10.0, 0.0, 0.5),
-    ("simple_tag", "random-medium"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_tag", "medium-replay"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_tag", "medium"): (5_000, (64, 64), 1e-3, 1e-3, 1.0, 0.1, 0.0),
-    ("simple_tag", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("simple_tag", "expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("simple_world", "random"): (3_000, (128, 128), 3e-3, 1e-2, 10.0, 0.0, 0.5),
-    ("simple_world", "random-medium"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_world", "medium-replay"): (3_000, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_world", "medium"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("simple_world", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("simple_world", "expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("landmarks6", "random"): (5_000, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
-    ("landmarks6", "random-medium"): (5_000, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
-    ("landmarks6", "medium-replay"): (5_000, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
-    ("landmarks6", "medium"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("landmarks6", "medium-expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("landmarks6", "expert"): (4_000, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("simple_spread", "random"): (6_000, 256, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
+    ("simple_spread", "random-medium"): (3_000, 256, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
+    ("simple_spread", "medium-replay"): (2_000, 1024, (128, 128), 3e-3, 1e-2, 5.0, 0.1, 0.5),
+    ("simple_spread", "medium"): (4_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
+    ("simple_spread", "medium-expert"): (4_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
+    ("simple_spread", "expert"): (4_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
+    ("simple_tag", "random"): (4_000, 256, (128, 128), 3e-3, 1e-2, 10.0, 0.0, 0.5),
+    ("simple_tag", "random-medium"): (3_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
+    ("simple_tag", "medium-replay"): (3_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
+    ("simple_tag", "medium"): (5_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.1, 0.0),
+    ("simple_tag", "medium-expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("simple_tag", "expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("simple_world", "random"): (3_000, 256, (128, 128), 3e-3, 1e-2, 10.0, 0.0, 0.5),
+    ("simple_world", "random-medium"): (3_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
+    ("simple_world", "medium-replay"): (3_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
+    ("simple_world", "medium"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("simple_world", "medium-expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("simple_world", "expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("landmarks6", "random"): (5_000, 256, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
+    ("landmarks6", "random-medium"): (5_000, 256, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
+    ("landmarks6", "medium-replay"): (5_000, 256, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
+    ("landmarks6", "medium"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("landmarks6", "medium-expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("landmarks6", "expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
 }
 
 

@@ -45,8 +45,6 @@ class RunArgs(dom2_mpe.RunArgs):
     """an agent of a robot sees its own joints, and the angles of those at most so many joints away"""
     augment: bool = False
     """replicate high-return trajectories (DOM2's Algorithm 1), or learn from the data set as it is"""
-    batch_size: int | None = None
-    """transitions per learner and update"""
     shift: str | None = None
     """shifted environment of the final evaluation: speed, dismiss (landmarks6), random or extreme (robots) or none;
     default: all that the scenario has"""
