@@ -1046,7 +1046,8 @@ def train(args: RunArgs, algorithm) -> dict:
         if args.resume:
             names += ["updates"] if args.updates else []
         else:
-            names += [name for name in ("eval_episodes", "eval_candidates", "shift") if hasattr(args, name)]
+            own = ("eval_episodes", "eval_candidates", "eval_alpha", "shift")  # those of them that the algorithm has
+            names += [name for name in own if hasattr(args, name)]
             stored.updates = checkpoint["updates"]
         args = replace(stored, **{name: getattr(args, name) for name in names})
     args = algorithm.resolve(args)

@@ -406,7 +406,7 @@ def test_sfbc_prefers_the_better_of_two_modes():
     data = two_modes()
     args = options(
         ma_sfbc, widths=(64, 64), critic_widths=(32,), batch_size=128, window=4, plan_candidates=2, gamma=0.5,
-        actor_lr=5e-3, critic_lr=5e-3, bf16=False, diffusion_steps=10,
+        actor_lr=5e-3, critic_lr=5e-3, bf16=False, diffusion_steps=10, eval_candidates=32, eval_alpha=100.0,
     )  # fmt: skip
     learners = ma_sfbc.make_learners(args, 2, D, A, "cpu")
     optimizers = ma_sfbc.make_optimizers(args, learners)
@@ -700,6 +700,9 @@ def test_whole_run(name, scenario, tiny, tmp_path, capsys):
     candidates = {"eval_candidates": 4} if name == "ma_sfbc" else {}
     again = run(name, {"eval_only": str(folder), "eval_episodes": 3, "cuda": False, **candidates})
     assert again["returns"] == results["returns"]
+    if name == "ma_sfbc":
+        at_random = run(name, {"eval_only": str(folder), "eval_episodes": 3, "eval_alpha": 0.0, "cuda": False})
+        assert at_random["settings"]["eval_alpha"] == 0 and at_random["returns"] != results["returns"]
     env, played = parallel_env(scenario), []
     for seed in (0, 1):
         policy, (obs, _) = dom2_mpe.load_policy(folder, seed, BASELINES[name]), env.reset(seed=0)
