@@ -19,7 +19,7 @@ What differs from the original:
 - Sampling planning's candidates takes most of an update's time, so the critic learns from 4 of a minibatch's windows.
 - First-order DPM-Solver with 5 steps for third order with 15, DOM2's MLP for Figure 8's network of 512-256-128, batches
   of 256 for 4,096, fewer updates at a behaviour learning rate of 2e-3 for 1e-4, 8 candidates for 16 in planning and for
-  32 in acting, and eval_alpha 10 for 100: after so short a training the best by Q are often odd ones.
+  32 in acting. eval_alpha is 10 for 100 but on random data: after so short a training the best by Q are often odd ones.
   `--noise-net residual --widths 512 256 128 --diffusion-steps 15 --plan-candidates 16 --batch-size 4096 --plan-windows
   163 --actor-lr 1e-4 --eval-candidates 32 --eval-alpha 100` and time undo most of it.
 """
@@ -72,8 +72,8 @@ class Args(RunArgs):
     """how strongly V prefers candidates of high Q"""
     plan_candidates: int = 8
     """behaviour actions per observation in planning"""
-    eval_alpha: float = 10.0
-    """how strongly the acting policy prefers candidates of high Q"""
+    eval_alpha: float | None = None
+    """how strongly the acting policy prefers candidates of high Q; default: 100 on random data, 10 on others"""
     eval_candidates: int = 8
     """behaviour actions per decision of the acting policy"""
     diffusion_steps: int = 5
@@ -99,6 +99,7 @@ RULES = (
 def resolve(args: Args) -> Args:
     """Fill the options left open from SETTINGS and check all of them; raises UserError."""
     common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
+    args = common.fill(args, ("eval_alpha",), (100.0 if args.dataset == "random" else 10.0,))
     args = resolve_by(args, SETTINGS, {}, RULES)
     if args.beta_min >= args.beta_max:
         raise common.UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")
