@@ -42,6 +42,12 @@ def mean_std(mean, std):
     return f"{mean:.1f} ± {std:.1f}"
 
 
+def show(results, shift="none"):
+    if results is None:
+        return "not run"
+    return mean_std(statistics.mean(results["returns"][shift]), statistics.pstdev(results["returns"][shift]))
+
+
 def row(scenario, dataset):
     """The README's row of a data set, from the raw files alone."""
     results = {name: load(name, scenario, dataset) for name in ("dom2", "bc")}
@@ -49,8 +55,7 @@ def row(scenario, dataset):
     shifts = SHIFTS.get(scenario, ("speed",))
     for shift in ("none", *shifts):
         for name, result in results.items():
-            x = result and result["returns"][shift]
-            cells[name, shift] = mean_std(statistics.mean(x), statistics.pstdev(x)) if x else "not run"
+            cells[name, shift] = show(result, shift)
         cells["paper", shift] = mean_std(*common.paper_result(scenario, dataset, shift))
     data = next((r["data"] for r in results.values() if r), None)
     cells["data"] = f"{data['mean']:.1f} ({data['max']:.0f})" if data else ""
@@ -67,10 +72,7 @@ def comparison(scenario, dataset, algorithms=("dom2", "ma_td3bc", "ma_cql", "oma
     results = {name: load(name, scenario, dataset) for name in algorithms}
     if not any(results[name] for name in algorithms[1:]):
         return None
-    cells = []
-    for result in results.values():
-        x = result and result["returns"]["none"]
-        cells.append(mean_std(statistics.mean(x), statistics.pstdev(x)) if x else "not run")
+    cells = [*map(show, results.values())]
     cells += [mean_std(*common.paper_result(scenario, dataset, "none", name)) for name in ("MA-CQL", "OMAR", "MA-SfBC")]
     return f"| `{scenario}` {dataset} | " + " | ".join(cells) + " |"
 
@@ -83,14 +85,37 @@ def test_readme_shows_the_raw_results(scenario, dataset):
     assert (comparison(scenario, dataset) or row(scenario, dataset)) in lines
 
 
+def ablation(folder, label):
+    """The README's row of a part of DOM2 left out or replaced, on predator-prey random-medium."""
+    results = load(folder, "simple_tag", "random-medium")
+    return f"| {label} | {show(results)} | {show(results, 'speed')} |"
+
+
+ABLATIONS = {
+    "dom2": "DOM2",
+    "bc": "without policy improvement (`--eta 0`)",
+    "dom2-bc-weight-0": "without diffusion loss (`--bc-weight 0`)",
+    "dom2-no-augment": "without augmentation (`--no-augment`)",
+    "dom2-prediction-noise": "network predicts the noise (`--prediction noise`)",
+    "dom2-solver-ddpm": "DDPM for DPM-Solver (`--solver ddpm`)",
+    "dom2-q-normaliser-printed": "Eq. 5's weight as printed (`--q-normaliser printed`)",
+    "dom2-solver-ddpm-prediction-noise-zeta-0": "Diffusion-QL (`--solver ddpm --prediction noise --zeta 0`)",
+}
+
+
+@pytest.mark.parametrize("folder", ABLATIONS)
+def test_readme_shows_the_ablations(folder):
+    assert ablation(folder, ABLATIONS[folder]) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+
 @pytest.mark.parametrize("shift", ["none", "dismiss"])
 @pytest.mark.parametrize("dataset", ["medium", "expert"])
 def test_readme_shows_the_six_landmarks(dataset, shift):
     cells = []
     for algorithm in ("dom2", "ma_cql", "omar"):
         results = load(algorithm, "landmarks6", dataset)
-        x, distinct = results["returns"][shift], statistics.mean(results["assignments"][shift]["distinct"])
-        cells.append(f"{mean_std(statistics.mean(x), statistics.pstdev(x))} ({distinct:.1f})")
+        distinct = statistics.mean(results["assignments"][shift]["distinct"])
+        cells.append(f"{show(results, shift)} ({distinct:.1f})")
     line = f"| `landmarks6` {dataset} | {'standard' if shift == 'none' else '`dismiss`'} | {' | '.join(cells)} | "
     line += f"{results['data']['mean']:.1f} |" if shift == "none" else "|"
     assert line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
