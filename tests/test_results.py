@@ -85,6 +85,19 @@ def test_readme_shows_the_raw_results(scenario, dataset):
     assert (comparison(scenario, dataset) or row(scenario, dataset)) in lines
 
 
+BASELINES = {"ma_cql": "MA-CQL", "omar": "OMAR", "ma_sfbc": "MA-SfBC", "ma_td3bc": "MA-TD3+BC"}
+
+
+def efficiency(scenario, dataset):
+    """The README's row of DOM2 on 5% of the trajectories, beside all of them and the best baseline on all of them."""
+    results = [load(name, scenario, dataset) for name in ("dom2-data-fraction-0.05", "dom2")]
+    found = {name: load(name, scenario, dataset) for name in BASELINES}
+    found = {name: result for name, result in found.items() if result}
+    best = max(found, key=lambda name: statistics.mean(found[name]["returns"]["none"]))
+    cells = [*map(show, results), f"{show(found[best])} ({BASELINES[best]})"]
+    return f"| `{scenario}` {dataset} | {' | '.join(cells)} |"
+
+
 def ablation(folder, label):
     """The README's row of a part of DOM2 left out or replaced, on predator-prey random-medium."""
     results = load(folder, "simple_tag", "random-medium")
@@ -101,6 +114,15 @@ ABLATIONS = {
     "dom2-q-normaliser-printed": "Eq. 5's weight as printed (`--q-normaliser printed`)",
     "dom2-solver-ddpm-prediction-noise-zeta-0": "Diffusion-QL (`--solver ddpm --prediction noise --zeta 0`)",
 }
+
+
+REDUCED = sorted(path.stem for path in (ROOT / "results" / "dom2-data-fraction-0.05").glob("*.json"))
+
+
+@pytest.mark.parametrize("cell", REDUCED)
+def test_readme_shows_the_data_efficiency(cell):
+    scenario, _, dataset = cell.partition("-")
+    assert efficiency(scenario, dataset) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("folder", ABLATIONS)

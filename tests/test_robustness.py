@@ -293,14 +293,16 @@ def test_two_runs_at_once_that_want_the_same_missing_data_set(script, start, tmp
 
 @both_trainings
 def test_a_run_is_not_continued_while_it_still_runs(script, start, tmp_path, data_dir):
-    words = flags(**SCRIPTS[script], **SMALL, data_dir=str(data_dir))
+    words = flags(**SCRIPTS[script], **SMALL | dict(updates=150, eval_interval=100), data_dir=str(data_dir))
     finish(start(script, words, tmp_path / "whole"))
     program = start(script, words, tmp_path / "run")
     while program.running() and not list(tmp_path.glob("run/runs/*/checkpoint.pt")):
         time.sleep(0.001)
     os.kill(program.pid, signal.SIGSTOP)
     run = the_run(tmp_path / "run")
-    before = files(run)
+    before = None
+    while before != (before := files(run)):  # it may still be in the middle of writing one
+        time.sleep(0.1)
     resume = flags(resume=str(run), data_dir=str(data_dir))
     code, printed = start(script, resume, tmp_path / "second").wait()
     assert code == 2 and printed.splitlines()[-1].startswith(f"error: {run}: another process"), printed
