@@ -90,6 +90,7 @@ SETTINGS = {
     "particles": {"updates": 4_000, "gamma": 0.95, "reward_scale": 0.2, "batch_size": 256, "eval_interval": 2_000},
     "robots": {"updates": 50_000, "gamma": 0.99, "reward_scale": 0.05, "batch_size": 256, "eval_interval": 25_000},
 }
+BY_DATA = {"eval_alpha": (100.0, 10.0, 10.0, 10.0, 10.0, 10.0)}  # for each of common.DATASETS
 RULES = (
     (("window", "plan_windows", "plan_candidates"), "at least 1", lambda x: x >= 1),
     (("alpha", "eval_alpha"), "finite and not negative", lambda x: 0 <= x < math.inf),
@@ -99,8 +100,7 @@ RULES = (
 def resolve(args: Args) -> Args:
     """Fill the options left open from SETTINGS and check all of them; raises UserError."""
     common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
-    args = common.fill(args, ("eval_alpha",), (100.0 if args.dataset == "random" else 10.0,))
-    args = resolve_by(args, SETTINGS, {}, RULES)
+    args = resolve_by(args, SETTINGS, {args.scenario: BY_DATA}, RULES)
     if args.beta_min >= args.beta_max:
         raise common.UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")
     if args.batch_size < args.window:

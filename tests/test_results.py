@@ -112,7 +112,7 @@ ABLATIONS = {
     "dom2-prediction-noise": "network predicts the noise (`--prediction noise`)",
     "dom2-solver-ddpm": "DDPM for DPM-Solver (`--solver ddpm`)",
     "dom2-q-normaliser-printed": "Eq. 5's weight as printed (`--q-normaliser printed`)",
-    "dom2-solver-ddpm-prediction-noise-zeta-0": "Diffusion-QL (`--solver ddpm --prediction noise --zeta 0`)",
+    "dom2-solver-ddpm-prediction-noise-zeta-0": "Diffusion-QL, augmented (`--solver ddpm --prediction noise --zeta 0`)",
 }
 
 
