@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import common
+import report
+import reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "results").glob("*/*.json"))
@@ -36,6 +38,15 @@ def test_results_file_is_complete_and_in_its_place(path):
     assert all(len(returns) == results["num_seeds"] >= 3 for returns in results["returns"].values())
     assert results["eval_episodes"] >= (32 if results["scenario"] == "HalfCheetah" else 1000)
     assert re.fullmatch("[0-9a-f]{40}", results["commit"]) and results["command"].startswith("python ")
+
+
+@pytest.mark.parametrize("target", report.TARGETS)
+def test_results_were_made_with_the_settings_that_their_cells_have_today(target):
+    for cell in report.TARGETS[target].cells():
+        results = report.read(report.result_path(cell, ROOT / "results"))
+        if results:
+            _, settings = reproduce.resolve(cell, reproduce.Args(target), ())
+            assert not reproduce.differences(results, settings), cell
 
 
 def mean_std(mean, std):
