@@ -67,7 +67,7 @@ class Args(RunArgs):
 # No settings of behaviour cloning are published for these data; networks and batches are those of OMAR.
 SETTINGS = {
     "particles": {"updates": 4_000, "batch_size": 1024, "lr": 1e-3, "widths": (64, 64)},
-    "robots": {"updates": 100_000, "batch_size": 256, "lr": 3e-4, "widths": (256, 256)},
+    "robots": {"updates": 10_000, "batch_size": 256, "lr": 1e-3, "widths": (128, 128)},
 }
 
 
@@ -103,7 +103,7 @@ def resolve_by(args, settings: dict, by_data: dict, rules=()):
         args = dom2_mpe.resolve_run(args)
         defaults = {"eval_interval": 1_000, "eval_episodes": 1_000, **settings["particles"]}
     else:
-        defaults = {"shift": ("random", "extreme"), "eval_interval": 10_000, "eval_episodes": 32, **settings["robots"]}
+        defaults = {"shift": ("random", "extreme"), "eval_interval": 5_000, "eval_episodes": 32, **settings["robots"]}
         if isinstance(args.shift, str):
             common.check_choice("--shift", args.shift, (*defaults["shift"], "none"))
             args = replace(args, shift=(args.shift,))

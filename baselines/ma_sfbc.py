@@ -88,7 +88,7 @@ class Args(RunArgs):
 
 SETTINGS = {
     "particles": {"updates": 4_000, "gamma": 0.95, "reward_scale": 0.2, "batch_size": 256, "eval_interval": 2_000},
-    "robots": {"updates": 50_000, "gamma": 0.99, "reward_scale": 0.05, "batch_size": 256, "eval_interval": 25_000},
+    "robots": {"updates": 10_000, "gamma": 0.99, "reward_scale": 0.05, "batch_size": 256},
 }
 BY_DATA = {"eval_alpha": (100.0, 10.0, 10.0, 10.0, 10.0, 10.0)}  # for each of common.DATASETS
 RULES = (

@@ -64,13 +64,13 @@ class Args(RunArgs):
 # are OMAR's too, here divided by the delay.
 SETTINGS = {
     "particles": {"batch_size": 1024, "lr": 0.01, "widths": (64, 64), "gamma": 0.95, "rho": 0.01},
-    "robots": {"batch_size": 256, "lr": 3e-4, "widths": (256, 256), "gamma": 0.99, "rho": 0.005},
+    "robots": {"batch_size": 256, "lr": 1e-3, "widths": (128, 128), "gamma": 0.99, "rho": 0.005},
 }
 BY_DATA = {  # in the order of common.DATASETS
     "simple_spread": {"updates": (3_000, 1_000, 1_000, 1_000, 1_000, 1_000)},
     "simple_tag": {"updates": (1_000, 1_000, 500, 1_000, 1_000, 1_000)},
     "simple_world": {"updates": (500,) * 6},
-    "HalfCheetah": {"updates": (50_000,) * 6},
+    "HalfCheetah": {"updates": (5_000,) * 6},
 }
 BY_DATA["landmarks6"] = BY_DATA["simple_spread"]
 RULES = (
