@@ -14,10 +14,10 @@ Settings are those published with OMAR; on robots, where they take hours on a CP
 are DOM2's and the conservative term has a third of the actions. OMAR's published ones are an option each: `--updates
 100000 --widths 256 256 --lr 3e-4 --cql-actions 10 --cql-policy-actions 10`.
 
-OMAR's networks begin with batch normalisation, each call by its own batch. For
-observations that comes to standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a
-scale common to all actions of a call leaves Q as it is. Policies gain nothing from running to the border of the action
-box, where Q is least known, but nothing teaches them offset and scale either; `--no-batch-norm` turns it off.
+OMAR's networks begin with batch normalisation, each call by its own batch. For observations that comes to
+standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a scale common to all actions
+of a call leaves Q as it is. Policies gain nothing from running to the border of the action box, where Q is least known,
+but nothing teaches them offset and scale either; `--no-batch-norm` turns it off.
 One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
 """
 
@@ -84,8 +84,8 @@ SETTINGS = {
         **{"cql_actions": 4, "cql_policy_actions": 3},
     },
 }
-# In the order of common.DATASETS; robots' updates: DOM2's. As published with OMAR, but for random-medium and medium-expert, which it has not:
-# they take the settings of medium-replay and of expert.
+# In the order of common.DATASETS. As published with OMAR but for robots' updates, which are DOM2's, and for random-medium
+# and medium-expert, which it has not: they take the settings of medium-replay and of expert.
 BY_DATA = {
     "simple_spread": {
         "updates": (6_000, 2_000, 2_000, 2_000, 2_000, 2_000),
