@@ -84,8 +84,8 @@ SETTINGS = {
         **{"cql_actions": 4, "cql_policy_actions": 3},
     },
 }
-# In the order of common.DATASETS. As published with OMAR but for robots' updates, which are DOM2's, and for random-medium
-# and medium-expert, which it has not: they take the settings of medium-replay and of expert.
+# In the order of common.DATASETS. As published with OMAR but for robots' updates, which are DOM2's, and for
+# random-medium and medium-expert, which it has not: they take the settings of medium-replay and of expert.
 BY_DATA = {
     "simple_spread": {
         "updates": (6_000, 2_000, 2_000, 2_000, 2_000, 2_000),
