@@ -39,6 +39,7 @@ ALGORITHMS = {
     "madiff": Algorithm("MADiff", "baselines/madiff.py", {}),
     "dom2": Algorithm("DOM2", "dom2_{family}.py", {}),
 }
+COLOURS = {algorithm.name: f"C{k}" for k, algorithm in enumerate(reversed(ALGORITHMS.values()))}
 PARTICLE, MUJOCO = ("simple_tag", "simple_world", "simple_spread"), ("HalfCheetah",)
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 STEPS = (1, 2, 3, 5, 10)
@@ -353,7 +354,9 @@ def draw_bars(target: Target, rows: list[Row]) -> Figure:
     panels = list(dict.fromkeys((row.shift, row.scenario) for row in rows if row.here))
     shown = {v for row in rows for v in (*row.here, *row.paper)}
     columns = [v for v in dict.fromkeys(cell.variant for cell in target.cells()) if v in shown]
-    colours, width = dict(zip(columns, colormaps["tab20"].colors, strict=False)), 0.8 / len(columns)
+    own = all(variant.label in COLOURS for variant in columns)  # else some columns are variants of one algorithm
+    colours = {v: COLOURS[v.label] if own else c for v, c in zip(columns, colormaps["tab20"].colors, strict=False)}
+    width = 0.8 / len(columns)
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (shift, scenario) in zip(axes, panels, strict=True):
@@ -415,7 +418,7 @@ def draw_curves(ax, curves: dict[str, list], ticks: list[str], title: str, xlabe
     for k, (label, points) in enumerate(curves.items()):
         known = [(x, point.mean(), point.std()) for x, point in enumerate(points) if point is not None]
         if known:
-            ax.errorbar(*np.array(known).T, marker="o", capsize=3, label=label, color=f"C{k}")
+            ax.errorbar(*np.array(known).T, marker="o", capsize=3, label=label, color=COLOURS.get(label, f"C{k}"))
             ax.legend(frameon=False, fontsize=8)
     ax.set_xticks(range(len(ticks)), ticks)
     ax.set_xlim(-0.3, len(ticks) - 0.7)
