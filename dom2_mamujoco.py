@@ -156,10 +156,10 @@ SETTING_NAMES = ("updates", "batch_size", "critic_widths", "actor_lr", "critic_l
 SETTINGS = {
     "random": (10_000, 256, (128, 128), 1e-3, 1e-3, 1.0, 0.0, 0.0),
     "random-medium": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
-    "medium-replay": (10_000, 256, (128, 128), 1e-3, 1e-3, 1.0, 1.0, 0.0),
-    "medium": (10_000, 256, (128, 128), 1e-3, 1e-3, 1.0, 1.0, 0.0),
+    "medium-replay": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
+    "medium": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
     "medium-expert": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
-    "expert": (10_000, 256, (128, 128), 1e-3, 1e-3, 1.0, 1.0, 0.0),
+    "expert": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
 }
 SETTINGS = {(scenario, dataset): values for scenario in SCENARIOS for dataset, values in SETTINGS.items()}
 
