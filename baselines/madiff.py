@@ -117,8 +117,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         L, B, H, C = x.shape
         half = self.kernel // 2
-        neighbours = F.pad(x, (0, 0, half, half)).unfold(2, self.kernel, 1)  # [L, B, H, C, kernel]
-        h = self.convolution(neighbours.reshape(L, B * H, -1)).view(L, B, H, C)
+        padded = F.pad(x, (0, 0, half, half))
+        neighbours = torch.cat([padded[:, :, k : k + H] for k in range(self.kernel)], -1)  # [L, B, H, kernel C]
+        h = self.convolution(neighbours.flatten(1, 2)).view(L, B, H, C)
         h = F.silu(h + self.condition(condition)[:, :, None]).flatten(1, 2)
         x = x.flatten(1, 2) + self.out(h)  # [L, B H, C]
         q, k, v = self.query_key_value(x).unflatten(0, (-1, self.num_agents)).chunk(3, -1)  # [S, n, B H, C / 4]
