@@ -1081,6 +1081,8 @@ def train(args: RunArgs, algorithm) -> dict:
     def act(obs, generator):
         return algorithm.act(learners, obs, args, generator)
 
+    first_update = checkpoint["updates"] if checkpoint else 0
+    last = None  # the returns [S] after the last update, where `fit` has made it
     disk = partial(common.disk_errors, run, f"free some space; --resume {run} goes on from the last checkpoint")
     if not args.eval_only:
         print(f"{args.scenario}/{args.dataset}: {num_learners} learners ({args.num_seeds} seeds x {n} agents), {run}")
@@ -1088,7 +1090,10 @@ def train(args: RunArgs, algorithm) -> dict:
             if checkpoint is None:  # a run that is killed before its first evaluation can be continued as well
                 common.write_file(run / "config.json", json.dumps(asdict(args), indent=2).encode() + b"\n")
                 save_checkpoint(run, args, 0, learners, optimizers, prey, data.stats)
-            fit(args, algorithm, learners, optimizers, data, prey, checkpoint["updates"] if checkpoint else 0, run)
+            last = fit(args, algorithm, learners, optimizers, data, prey, first_update, run)
+    returns = {"none": evaluate(act, args, "none", prey, device) if last is None else last}
+    if args.shift != "none":
+        returns[args.shift] = evaluate(act, args, args.shift, prey, device)
     results = {
         "algorithm": algorithm.algorithm_name(args),
         "scenario": args.scenario,
@@ -1096,14 +1101,12 @@ def train(args: RunArgs, algorithm) -> dict:
         "num_seeds": args.num_seeds,
         "updates": args.updates,
         "eval_episodes": args.eval_episodes,
-        "returns": {
-            shift: evaluate(act, args, shift, prey, device).tolist() for shift in dict.fromkeys(("none", args.shift))
-        },
+        "returns": {shift: x.tolist() for shift, x in returns.items()},
         "data": checkpoint["data"] if data is None else data.stats,
         "milliseconds_per_action": milliseconds_per_action(act, num_learners, obs_size, device),
         "settings": asdict(args),
         "hardware": hardware(device),
-        "first_update": checkpoint["updates"] if checkpoint else 0,  # those before it were made by earlier commands
+        "first_update": first_update,  # those before it were made by earlier commands
         "seconds": round(time.time() - started, 1),
         "command": "python " + " ".join(sys.argv),
         "commit": git_commit(),
@@ -1122,8 +1125,14 @@ def train(args: RunArgs, algorithm) -> dict:
     return results
 
 
-def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, prey, first_update: int, run: Path) -> None:
-    """The loop of Algorithm 2, with its progress bar, logging, evaluations and checkpoints."""
+def fit(
+    args: RunArgs, algorithm, learners, optimizers, data: Data, prey, first_update: int, run: Path
+) -> Tensor | None:
+    """The loop of Algorithm 2, with its progress bar, logging, evaluations and checkpoints.
+
+    Returns:
+        the returns [S] of its last evaluation, made after the last update; None if there was no update left to make
+    """
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help needs none of it
 
     if args.track:
@@ -1144,6 +1153,7 @@ def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, prey, first_
 
     if args.compile:
         step = cuda_graph(step) if device.type == "cuda" else compiled(step)
+    returns = None
     writer = SummaryWriter(run, purge_step=first_update + 1)
     bar = tqdm(total=args.updates, initial=first_update, unit="update", dynamic_ncols=True)
     with writer, bar, common.catch_signals() as stopped:
@@ -1169,7 +1179,8 @@ def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, prey, first_
                 for tag, value in metrics.items():
                     writer.add_scalar(tag, value.mean().item(), u)
             if evaluates:
-                score = evaluate(act, args, "none", prey, device).mean().item()
+                returns = evaluate(act, args, "none", prey, device)
+                score = returns.mean().item()
                 normalised = common.normalised_score(args.scenario, score)
                 writer.add_scalar("charts/episodic_return", score, u)
                 writer.add_scalar("charts/normalised_score", normalised, u)
@@ -1184,6 +1195,7 @@ def fit(args: RunArgs, algorithm, learners, optimizers, data: Data, prey, first_
                     script = os.path.relpath(algorithm.__file__)
                     print(f"stopped after update {u}; go on with: python {script} --resume {run}")
                     raise SystemExit(128 + stopped[0])
+    return returns
 
 
 def print_table(results: dict) -> None:

@@ -110,9 +110,9 @@ def efficiency(scenario, dataset):
 
 
 def ablation(folder, label):
-    """The README's row of a part of DOM2 left out or replaced, on predator-prey random-medium."""
-    results = load(folder, "simple_tag", "random-medium")
-    return f"| {label} | {show(results)} | {show(results, 'speed')} |"
+    """The README's row of a part of DOM2 left out or replaced, on random-medium of the three environments."""
+    results = [load(folder, scenario, "random-medium") for scenario in ("simple_tag", "simple_world", "simple_spread")]
+    return f"| {label} | {' | '.join(show(found, shift) for found in results for shift in ('none', 'speed'))} |"
 
 
 ABLATIONS = {
