@@ -150,7 +150,7 @@ class Args(RunArgs):
 # What differs per scenario and data set, found by experiment (README, "Settings"). An option on the command line wins.
 SETTING_NAMES = ("updates", "batch_size", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta", "max_grad_norm")
 SETTINGS = {
-    ("simple_spread", "random"): (6_000, 256, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
+    ("simple_spread", "random"): (6_000, 256, (128, 128), 3e-3, 1e-2, 20.0, 0.0, 0.5),
     ("simple_spread", "random-medium"): (3_000, 256, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
     ("simple_spread", "medium-replay"): (2_000, 1024, (128, 128), 3e-3, 1e-2, 5.0, 0.1, 0.5),
     ("simple_spread", "medium"): (4_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),

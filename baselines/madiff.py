@@ -12,8 +12,8 @@
 Training is centralised: through the attention the n agents of a seed learn together, everything else is each agent's
 own. What differs from the original, most of it to train in minutes on a CPU:
 - Windows of 8 observations for 24 (`--horizon 24`); 3 blocks of convolution and attention, 64 wide, at one resolution
-  for a U-Net of 128, 512 and 1,024; tens of thousands of updates for a million.
-- The network predicts the clean trajectory for the noise and is told which observation is known; 5 steps of first-order
+  for a U-Net of 128, 512 and 1,024; 10,000 updates (robots: 100,000) for a million.
+- The network predicts the clean trajectory for the noise and is told which observation is known; 3 steps of first-order
   DPM-Solver for 200 of DDPM.
 - Return is the mean reward of the window, as its rank in the minibatch, in [0, 1]. The original takes the discounted
   return to the end of the episode over a scale set by hand per data set; the target, 0.9, is the original's.
@@ -64,7 +64,7 @@ class Args(RunArgs):
     """return that the acting policy asks for, as a rank among the data's"""
     guidance: float = 1.2
     """weight of the return in plans; 0: none, 1: no more than learned"""
-    diffusion_steps: int = 5
+    diffusion_steps: int = 3
     """denoising steps"""
     beta_min: float = 0.1
     """noise schedule: beta at diffusion time 0"""
@@ -75,7 +75,7 @@ class Args(RunArgs):
 
 
 SETTINGS = {
-    "particles": {"updates": 20_000, "batch_size": 32, "eval_interval": 10_000},
+    "particles": {"updates": 10_000, "batch_size": 32, "eval_interval": 10_000},
     "robots": {"updates": 100_000, "batch_size": 32, "eval_interval": 50_000},
 }
 RULES = (
