@@ -159,7 +159,7 @@ SETTINGS = {
     "medium-replay": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
     "medium": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.02, 0.0, 0.0),
     "medium-expert": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
-    "expert": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.02, 0.0, 0.0),
+    "expert": (10_000, 256, (128, 128), 3e-4, 1e-3, 0.02, 0.0, 0.0),
 }
 SETTINGS = {(scenario, dataset): values for scenario in SCENARIOS for dataset, values in SETTINGS.items()}
 

@@ -30,7 +30,7 @@ class Algorithm(NamedTuple):
 
 
 ALGORITHMS = {
-    "bc": Algorithm("BC", "dom2_{family}.py", {"eta": 0, "updates": 3000}),  # DOM2's diffusion policy
+    "bc": Algorithm("BC", "dom2_{family}.py", {"eta": 0}),  # with DOM2's diffusion policy
     "ma_bc": Algorithm("MA-BC", "baselines/ma_bc.py", {}),
     "ma_td3bc": Algorithm("MA-TD3+BC", "baselines/ma_td3bc.py", {}),
     "ma_cql": Algorithm("MA-CQL", "baselines/ma_cql.py", {}),

@@ -213,7 +213,7 @@ def test_dry_run_lists_commands_and_estimates_the_time(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     options = "--num-seeds 2 --updates 100 " + " ".join(further)
     assert f"missing         python dom2_mpe.py --scenario simple_spread --dataset random {options}\n" in out
-    assert "--dataset random --eta 0 --updates 100 --num-seeds 2" in out
+    assert "--dataset random --eta 0 --num-seeds 2 --updates 100" in out
     assert "2 of 2 cells to run, about 2.0 h one after the other" in out
     assert sorted(tmp_path.rglob("*")) == before
 
