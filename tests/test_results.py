@@ -96,7 +96,7 @@ def test_readme_shows_the_raw_results(scenario, dataset):
     assert (comparison(scenario, dataset) or row(scenario, dataset)) in lines
 
 
-BASELINES = {"ma_cql": "MA-CQL", "omar": "OMAR", "ma_sfbc": "MA-SfBC", "ma_td3bc": "MA-TD3+BC"}
+BASELINES = {"ma_cql": "MA-CQL", "omar": "OMAR", "ma_sfbc": "MA-SfBC", "ma_td3bc": "MA-TD3+BC", "madiff": "MADiff"}
 
 
 def efficiency(scenario, dataset):
@@ -127,6 +127,12 @@ ABLATIONS = {
 }
 
 
+def quality(scenario, dataset):
+    """The README's row of the diffusion policies on a data set (Figure 5d)."""
+    cells = [show(load(name, scenario, dataset)) for name in ("dom2", "ma_sfbc", "madiff")]
+    return f"| `{scenario}` {dataset} | {' | '.join(cells)} |"
+
+
 REDUCED = sorted(path.stem for path in (ROOT / "results" / "dom2-data-fraction-0.05").glob("*.json"))
 
 
@@ -134,6 +140,12 @@ REDUCED = sorted(path.stem for path in (ROOT / "results" / "dom2-data-fraction-0
 def test_readme_shows_the_data_efficiency(cell):
     scenario, _, dataset = cell.partition("-")
     assert efficiency(scenario, dataset) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("cell", sorted(path.stem for path in (ROOT / "results" / "madiff").glob("*.json")))
+def test_readme_shows_madiff(cell):
+    scenario, _, dataset = cell.partition("-")
+    assert quality(scenario, dataset) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("folder", ABLATIONS)
