@@ -298,6 +298,23 @@ def denoiser(num_seeds=2, num_agents=3, width=8, blocks=2):
     return networks(madiff.Denoiser, num_seeds * num_agents, num_agents, D, width, blocks)
 
 
+def test_madiff_block_convolves_over_time():
+    """Against PyTorch's own convolution, without attention: x + silu(conv(x)), zeros beyond the window's ends."""
+    L, M, H, C, kernel = 2, 3, 6, 4, 5
+    block = madiff.Block(L, 1, C, kernel).double()
+    with torch.no_grad():
+        for layer in (block.condition, block.attended, block.out):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        block.out.weight.copy_(torch.eye(C).expand(L, C, C))
+    x = normal(L, M, H, C, seed=1)
+    found = block(x, normal(L, M, C, seed=2))
+    for i in range(L):
+        weight = block.convolution.weight[i].view(kernel, C, C).permute(2, 1, 0)  # [out, in, kernel]
+        h = torch.conv1d(x[i].mT, weight, block.convolution.bias[i, 0], padding="same").mT
+        close(found[i], x[i] + F.silu(h))
+
+
 def test_madiff_trajectory_loss():
     net, schedule, M, H = denoiser(), NoiseSchedule(), 6, 4
     ego = F.one_hot(torch.arange(B) % 3, 3).T.repeat(2, 1).double()  # [6, B]
