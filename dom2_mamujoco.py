@@ -112,7 +112,7 @@ class Args(RunArgs):
 
     actor_lr: float | None = None
     """Adam's learning rate of the diffusion policies"""
-    critic_lr: float | None = None
+    critic_lr: float = 1e-3
     """Adam's learning rate of the critics"""
     gamma: float = 0.99
     """discount factor; the time limit is not a terminal state, a fall is"""
@@ -124,9 +124,9 @@ class Args(RunArgs):
     """normaliser of the Q-loss: "abs", E[abs(Q)], or "printed", Eq. 5's own E[Q], whose sign may be wrong"""
     bc_weight: float = 1.0
     """weight of the diffusion loss in Eq. 5"""
-    zeta: float | None = None
+    zeta: float = 0.0
     """weight of the conservative term in Eq. 1; 0 turns it off"""
-    max_grad_norm: float | None = None
+    max_grad_norm: float = 0.0
     """largest gradient norm per learner and network; 0: no clipping"""
 
     diffusion_steps: int = 5
@@ -143,7 +143,7 @@ class Args(RunArgs):
     """residual (the U-net-like one of Figure 8) or mlp (the ablation)"""
     widths: tuple[int, ...] = (128, 128, 128)
     """widths of the noise network's layers; of its downward half for residual"""
-    critic_widths: tuple[int, ...] | None = None
+    critic_widths: tuple[int, ...] = (128, 128)
     """widths of the critics' hidden layers"""
     eval_candidates: int = 1
     """actions sampled per decision in evaluation; above 1, the one with the highest Q acts"""
@@ -152,14 +152,14 @@ class Args(RunArgs):
 
 
 # What differs per data set, found by experiment (README, "Settings"). An option on the command line wins.
-SETTING_NAMES = ("updates", "batch_size", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta", "max_grad_norm")
+SETTING_NAMES = ("updates", "batch_size", "actor_lr", "eta")
 SETTINGS = {
-    "random": (10_000, 256, (128, 128), 1e-3, 1e-3, 1.0, 0.0, 0.0),
-    "random-medium": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
-    "medium-replay": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.3, 0.0, 0.0),
-    "medium": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.02, 0.0, 0.0),
-    "medium-expert": (10_000, 256, (128, 128), 1e-3, 1e-3, 0.1, 0.0, 0.0),
-    "expert": (10_000, 256, (128, 128), 3e-4, 1e-3, 0.02, 0.0, 0.0),
+    "random": (10_000, 256, 1e-3, 1.0),
+    "random-medium": (10_000, 256, 1e-3, 0.3),
+    "medium-replay": (10_000, 256, 1e-3, 0.3),
+    "medium": (10_000, 256, 1e-3, 0.02),
+    "medium-expert": (10_000, 256, 1e-3, 0.1),
+    "expert": (10_000, 256, 3e-4, 0.02),
 }
 SETTINGS = {(scenario, dataset): values for scenario in SCENARIOS for dataset, values in SETTINGS.items()}
 

@@ -106,9 +106,9 @@ class RunArgs:
 class Args(RunArgs):
     """Options of DOM2."""
 
-    actor_lr: float | None = None
+    actor_lr: float = 3e-3
     """Adam's learning rate of the diffusion policies"""
-    critic_lr: float | None = None
+    critic_lr: float = 1e-2
     """Adam's learning rate of the critics"""
     gamma: float = 0.95
     """discount factor; the 25-step limit is not a terminal state"""
@@ -122,7 +122,7 @@ class Args(RunArgs):
     """weight of the diffusion loss in Eq. 5"""
     zeta: float | None = None
     """weight of the conservative term in Eq. 1; 0 turns it off"""
-    max_grad_norm: float | None = None
+    max_grad_norm: float = 0.5
     """largest gradient norm per learner and network; 0: no clipping"""
 
     diffusion_steps: int = 5
@@ -148,32 +148,32 @@ class Args(RunArgs):
 
 
 # What differs per scenario and data set, found by experiment (README, "Settings"). An option on the command line wins.
-SETTING_NAMES = ("updates", "batch_size", "critic_widths", "actor_lr", "critic_lr", "eta", "zeta", "max_grad_norm")
+SETTING_NAMES = ("updates", "batch_size", "critic_widths", "eta", "zeta")
 SETTINGS = {
-    ("simple_spread", "random"): (6_000, 256, (128, 128), 3e-3, 1e-2, 20.0, 0.0, 0.5),
-    ("simple_spread", "random-medium"): (3_000, 256, (128, 128), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_spread", "medium-replay"): (2_000, 1024, (128, 128), 3e-3, 1e-2, 5.0, 0.1, 0.5),
-    ("simple_spread", "medium"): (4_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
-    ("simple_spread", "medium-expert"): (4_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
-    ("simple_spread", "expert"): (4_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.1, 0.5),
-    ("simple_tag", "random"): (4_000, 256, (128, 128), 3e-3, 1e-2, 10.0, 0.0, 0.5),
-    ("simple_tag", "random-medium"): (3_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_tag", "medium-replay"): (3_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_tag", "medium"): (5_000, 256, (64, 64), 3e-3, 1e-2, 1.0, 0.0, 0.5),
-    ("simple_tag", "medium-expert"): (4_000, 256, (64, 64), 3e-3, 1e-2, 1.0, 0.0, 0.5),
-    ("simple_tag", "expert"): (4_000, 256, (64, 64), 3e-3, 1e-2, 1.0, 0.0, 0.5),
-    ("simple_world", "random"): (3_000, 256, (128, 128), 3e-3, 1e-2, 10.0, 0.0, 0.5),
-    ("simple_world", "random-medium"): (3_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_world", "medium-replay"): (3_000, 256, (64, 64), 3e-3, 1e-2, 5.0, 0.0, 0.5),
-    ("simple_world", "medium"): (4_000, 256, (64, 64), 3e-3, 1e-2, 1.0, 0.0, 0.5),
-    ("simple_world", "medium-expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("simple_world", "expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("landmarks6", "random"): (5_000, 256, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
-    ("landmarks6", "random-medium"): (5_000, 256, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
-    ("landmarks6", "medium-replay"): (5_000, 256, (64, 64), 1e-3, 1e-3, 5.0, 0.0, 0.0),
-    ("landmarks6", "medium"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("landmarks6", "medium-expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
-    ("landmarks6", "expert"): (4_000, 256, (64, 64), 1e-3, 1e-3, 1.0, 0.5, 0.0),
+    ("simple_spread", "random"): (6_000, 256, (128, 128), 20.0, 0.0),
+    ("simple_spread", "random-medium"): (3_000, 256, (128, 128), 5.0, 0.0),
+    ("simple_spread", "medium-replay"): (2_000, 1024, (128, 128), 5.0, 0.1),
+    ("simple_spread", "medium"): (4_000, 256, (64, 64), 5.0, 0.1),
+    ("simple_spread", "medium-expert"): (4_000, 256, (64, 64), 5.0, 0.1),
+    ("simple_spread", "expert"): (4_000, 256, (64, 64), 5.0, 0.1),
+    ("simple_tag", "random"): (4_000, 256, (128, 128), 10.0, 0.0),
+    ("simple_tag", "random-medium"): (3_000, 256, (64, 64), 5.0, 0.0),
+    ("simple_tag", "medium-replay"): (3_000, 256, (64, 64), 5.0, 0.0),
+    ("simple_tag", "medium"): (5_000, 256, (64, 64), 1.0, 0.0),
+    ("simple_tag", "medium-expert"): (4_000, 256, (64, 64), 1.0, 0.0),
+    ("simple_tag", "expert"): (4_000, 256, (64, 64), 1.0, 0.0),
+    ("simple_world", "random"): (3_000, 256, (128, 128), 10.0, 0.0),
+    ("simple_world", "random-medium"): (3_000, 256, (64, 64), 5.0, 0.0),
+    ("simple_world", "medium-replay"): (3_000, 256, (64, 64), 5.0, 0.0),
+    ("simple_world", "medium"): (2_000, 1024, (64, 64), 1.0, 0.0),
+    ("simple_world", "medium-expert"): (2_000, 1024, (64, 64), 1.0, 0.0),
+    ("simple_world", "expert"): (2_000, 1024, (64, 64), 1.0, 0.0),
+    ("landmarks6", "random"): (5_000, 256, (64, 64), 5.0, 0.0),
+    ("landmarks6", "random-medium"): (5_000, 256, (64, 64), 5.0, 0.0),
+    ("landmarks6", "medium-replay"): (5_000, 256, (64, 64), 5.0, 0.0),
+    ("landmarks6", "medium"): (4_000, 256, (64, 64), 1.0, 0.0),
+    ("landmarks6", "medium-expert"): (4_000, 256, (64, 64), 1.0, 0.0),
+    ("landmarks6", "expert"): (4_000, 256, (64, 64), 1.0, 0.0),
 }
 
 
