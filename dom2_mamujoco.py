@@ -32,7 +32,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -147,8 +147,8 @@ class Args(RunArgs):
     """widths of the critics' hidden layers"""
     eval_candidates: int = 1
     """actions sampled per decision in evaluation; above 1, the one with the highest Q acts"""
-    bf16: bool = True
-    """hidden layers compute in bfloat16, about twice as fast; parameters, inputs, outputs and losses stay float32"""
+    bf16: bool = field(default_factory=common.has_bf16)
+    """hidden layers compute in bfloat16, by default where the hardware does, faster there; the rest stays float32"""
 
 
 # What differs per data set, found by experiment (README, "Settings"). An option on the command line wins.

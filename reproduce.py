@@ -90,9 +90,9 @@ class Args:
 # Cells: the command, the settings that its result must have, and how far it is
 
 
-# Options that change where and how a cell runs, not what comes out; and num_seeds, of which more will do.
+# Options that change where and how a cell runs and no more than rounding of the results; and num_seeds: more will do.
 NOT_COMPARED = (
-    *("num_seeds", "eval_interval", "cuda", "compile"),
+    *("num_seeds", "eval_interval", "cuda", "compile", "bf16"),
     *("run_dir", "resume", "eval_only", "capture_video", "track"),
 )
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +70,8 @@ class Args(RunArgs):
     """weight of the squared action in the policy's loss"""
     max_grad_norm: float = 0.5
     """largest gradient norm per learner and network; 0: no clipping"""
-    bf16: bool = True
-    """the critics' hidden layers compute in bfloat16"""
+    bf16: bool = field(default_factory=common.has_bf16)
+    """the critics' hidden layers compute in bfloat16, by default where the hardware does"""
 
 
 SETTINGS = {

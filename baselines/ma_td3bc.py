@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -56,8 +56,8 @@ class Args(RunArgs):
     """largest absolute value of that noise"""
     max_grad_norm: float = 0.5
     """largest gradient norm per learner and network; 0: no clipping"""
-    bf16: bool = True
-    """the critics' hidden layers compute in bfloat16"""
+    bf16: bool = field(default_factory=common.has_bf16)
+    """the critics' hidden layers compute in bfloat16, by default where the hardware does"""
 
 
 # alpha, noise, delay: TD3+BC's. Networks, rates and batches: OMAR's, whose authors ran it with them; its updates

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,8 +70,8 @@ class Args(RunArgs):
     """noise schedule: beta at diffusion time 0"""
     beta_max: float = 20.0
     """noise schedule: beta at diffusion time 1"""
-    bf16: bool = True
-    """the denoiser's blocks compute in bfloat16"""
+    bf16: bool = field(default_factory=common.has_bf16)
+    """the denoiser's blocks compute in bfloat16, by default where the hardware does"""
 
 
 SETTINGS = {

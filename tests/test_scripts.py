@@ -17,7 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import collect_datasets
 import common
+import dom2_mamujoco
 import dom2_mpe
+from baselines import madiff, omar
 from common import UserError
 from dom2_mpe import Args
 from particle_env import EPISODE_STEPS, SCENARIOS, parallel_env
@@ -530,6 +532,18 @@ def test_settings_are_valid_and_the_command_line_wins(scenario, dataset):
         given = dom2_mpe.resolve(Args(scenario=scenario, dataset=dataset, **{name: other}))
         assert asdict(given) == asdict(args) | {name: other}
     assert dom2_mpe.resolve(args) == args
+
+
+@pytest.mark.parametrize(
+    "flags, expected", [({"avx512_f": True, "avx512_bf16": False}, False), ({"amx_bf16": True}, True)]
+)
+def test_bfloat16_where_the_hardware_has_it(flags, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert [module.Args().bf16 for module in (dom2_mpe, dom2_mamujoco, madiff, omar)] == [expected] * 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert not dom2_mpe.Args().bf16
 
 
 def test_settings_name_existing_data_sets():
