@@ -14,7 +14,8 @@ Behaviour policies: every agent is an independent TD3 learner (Fujimoto et al. 2
 reward. In predator-prey and World the prey is trained together with the predators first and then frozen; predators
 trained from scratch against it pass the medium level and go on to the expert level. The half cheetah's agents see their
 own joints alone, too little for a critic of their own: theirs is one that sees the whole robot and all actions.
-`pretrained/<scenario>.pt` holds the prey, the expert policies (`agent_params`, as in OMAR's files) and the medium ones.
+`pretrained/<scenario>.pt` holds the prey, the expert policies (`agent_params`, as in OMAR's files), the medium ones and
+the actions of a TD3 run, from which its replay buffer is made again: training would give every machine another one.
 
     random          uniformly random actions
     medium, expert  the policies of that level, with Gaussian noise of standard deviation 0.1 on their actions
@@ -244,6 +245,7 @@ class TD3:
         else:
             action = torch.tanh(self.actor(obs))
             action = (action + self.explore_noise * torch.randn_like(action)).clamp(-1, 1)
+        action = action.half().float()  # what `recording` keeps of it
         everybody = action.transpose(0, 1)
         if self.prey is not None and self.env.num_agents > self.num_learners:
             everybody = torch.cat([everybody, common.policy_action(self.prey, self.obs[-1])[:, None]], 1)
@@ -294,11 +296,11 @@ class TD3:
     def policies(self) -> list[dict[str, Tensor]]:
         return unstack(self.actor, self.obs_sizes)
 
-    def replay(self) -> Tensor:
-        """What the buffer holds of whole episodes, one after the other: [L, T, W]."""
-        length = self.env.episode_steps
-        rows = self.buffer[:, : self.steps // length * length].unflatten(1, (-1, length))
-        return rows.transpose(2, 3).flatten(1, 3)  # [L, episodes, E, length, W] -> [L, T, W]
+    def recording(self, steps: int) -> Tensor:
+        """The actions of the whole episodes among the first `steps`, half precision, [T, E, L, A]: see `replay`."""
+        whole = steps // self.env.episode_steps * self.env.episode_steps
+        actions = self.buffer[:, :whole, :, self.obs_size : self.obs_size + self.action_size]
+        return actions.permute(1, 2, 0, 3).half().contiguous()
 
     def save(self, path: Path, **more) -> None:
         """Write everything that going on bit for bit needs. Robots only, between two episodes."""
@@ -326,26 +328,36 @@ class TD3:
 # Roll-outs
 
 
+def behave(env, policies, generator: torch.Generator):
+    """Observations and step -> actions [E, n, A]: one policy (state dict) per controlled agent, with Gaussian noise of
+    ACTION_NOISE; uniformly random ones where `policies` is None."""
+    n, size = env.num_controlled, (env.num_envs, env.num_controlled, env.action_size)
+
+    def act(obs, step):
+        if policies is None:
+            return torch.rand(size, generator=generator) * 2 - 1
+        action = torch.stack([common.policy_action(policies[i], obs[i]) for i in range(n)], 1)
+        return (action + ACTION_NOISE * torch.randn(size, generator=generator)).clamp(-1, 1)
+
+    return act
+
+
 @torch.no_grad()
-def rollout(env, generator: torch.Generator, policies, prey) -> tuple[Tensor, Tensor]:
+def rollout(env, act, prey) -> tuple[Tensor, Tensor]:
     """One episode in every world.
 
     Args:
-        policies: one state dict per controlled agent, acting with Gaussian noise of ACTION_NOISE; None for uniformly
-            random actions. prey: its state dict, or None where there is none.
+        act: all agents' observations and the step -> the controlled agents' actions [E, n, A].
+        prey: its state dict, or None where there is none.
 
     Returns:
         rows [n, T, W] of transitions, one episode after the other, columns as `row_widths` says; the episodes' lengths
         [E], shorter than the limit where a robot has fallen.
     """
-    n, E, A = env.num_controlled, env.num_envs, env.action_size
+    n, E = env.num_controlled, env.num_envs
     obs, steps, going = env.reset(), [], []
-    for _ in range(env.episode_steps):
-        if policies is None:
-            action = torch.rand(E, n, A, generator=generator) * 2 - 1
-        else:
-            action = torch.stack([common.policy_action(policies[i], obs[i]) for i in range(n)], 1)
-            action = (action + ACTION_NOISE * torch.randn(E, n, A, generator=generator)).clamp(-1, 1)
+    for step in range(env.episode_steps):
+        action = act(obs, step)
         everybody = action if prey is None else torch.cat([action, common.policy_action(prey, obs[n])[:, None]], 1)
         state, fallen = getattr(env, "state", None), getattr(env, "terminated", np.zeros(E, bool))
         next_obs, rewards = env.step(everybody)
@@ -368,7 +380,7 @@ def team_returns(rows: Tensor, lengths: Tensor, reward_column: int) -> Tensor:
 def level(scenario: str, policies, prey) -> float:
     """Mean return of policies with the data sets' action noise, on the same episodes every time."""
     env = make_env(scenario, RECIPES[scenario].level_episodes, seed=1)
-    rows, lengths = rollout(env, torch.Generator().manual_seed(1), policies, prey)
+    rows, lengths = rollout(env, behave(env, policies, torch.Generator().manual_seed(1)), prey)
     return team_returns(rows, lengths, env.obs_size + env.action_size).mean().item()
 
 
@@ -402,26 +414,34 @@ def train_behaviour(scenario: str, seed: int, training_dir: str | Path = "traini
             together.train(recipe.prey_updates, bar)
             prey = together.policies()[-1]
         td3 = TD3(scenario, prey, recipe.expert_updates, seed)
-        levels, policies = {}, {}
+        found = {"levels": {}, "policies": {}, "steps": {}}
         if path.exists():
-            levels, policies = td3.load(path)["found"]
+            found = td3.load(path)["found"]
             bar.update(td3.updates)
 
         def checkpoint():
             if scenario not in SCENARIOS and td3.updates and td3.updates % 10_000 == 0:
-                td3.save(path, found=(levels, policies))
+                td3.save(path, found=found)
 
         for name in ("medium", "expert"):
-            if name not in levels:
-                levels[name] = train_to(td3, scenario, recipe.published[name], recipe.expert_updates, bar, checkpoint)
-                policies[name] = [{"policy": p} for p in td3.policies()]
+            if name not in found["levels"]:
+                reached = train_to(td3, scenario, recipe.published[name], recipe.expert_updates, bar, checkpoint)
+                found["levels"][name], found["steps"][name] = reached, td3.steps
+                found["policies"][name] = [{"policy": p} for p in td3.policies()]
     path.unlink(missing_ok=True)
     frozen = [] if prey is None else [{"policy": prey}]
-    return {"agent_params": policies["expert"] + frozen, "medium": policies["medium"], "levels": levels, "seed": seed}
+    return {
+        "agent_params": found["policies"]["expert"] + frozen,
+        "medium": found["policies"]["medium"],
+        "levels": found["levels"],
+        "seed": seed,
+        "replay": {"actions": td3.recording(found["steps"]["medium"]), "seed": seed},
+    }
 
 
 def load_behaviour(pretrained_dir: str | Path, scenario: str) -> dict:
-    """Behaviour policies and prey of `<pretrained_dir>/<scenario>.pt`: {"prey", "medium", "expert", "seed"}.
+    """What `<pretrained_dir>/<scenario>.pt` holds: policies "medium" and "expert", "prey" and "replay", TD3's actions
+    and its seed.
 
     Raises:
         UserError: missing, unreadable or of another layout.
@@ -435,8 +455,11 @@ def load_behaviour(pretrained_dir: str | Path, scenario: str) -> dict:
         for policies in (everybody, medium + everybody[n:]):
             for policy, size in zip(policies, env.obs_sizes, strict=True):
                 common.policy_action(policy, torch.zeros(1, size))
-        prey = everybody[n] if env.num_agents > n else None
-        return {"prey": prey, "expert": everybody[:n], "medium": medium, "seed": checkpoint["seed"]}
+        prey, replay = everybody[n] if env.num_agents > n else None, checkpoint["replay"]
+        steps, worlds, *action_shape = replay["actions"].shape
+        if steps % env.episode_steps or steps * worlds == 0 or action_shape != [n, env.action_size]:
+            raise ValueError
+        return {"prey": prey, "expert": everybody[:n], "medium": medium, "replay": replay}
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{path}: not behaviour policies of {scenario}; retrain them with --train") from None
 
@@ -445,16 +468,15 @@ def load_behaviour(pretrained_dir: str | Path, scenario: str) -> dict:
 # Data sets
 
 
-def replay_rows(scenario: str, behaviour: dict) -> tuple[Tensor, int]:
-    """The replay buffer of TD3 (against the frozen prey) when its policies reach the medium level: rows [n, T, W] of
-    whole episodes, and their length."""
-    recipe, threads = RECIPES[scenario], torch.get_num_threads()
-    torch.set_num_threads(1)  # sums are rounded differently on more, and after a while that is another buffer
-    with tqdm(desc=f"{scenario}/medium-replay: TD3 to the medium level", unit="update", dynamic_ncols=True) as bar:
-        td3 = TD3(scenario, behaviour["prey"], recipe.expert_updates, behaviour["seed"])
-        train_to(td3, scenario, recipe.published["medium"], recipe.expert_updates, bar)
-    torch.set_num_threads(threads)
-    return td3.replay(), td3.env.episode_steps
+def replay(scenario: str, behaviour: dict):
+    """Yield the replay buffer of TD3 up to the medium level as blocks of episodes, as `rollout` returns them.
+
+    The recorded actions from the first states of TD3's own seed are the same episodes again, but for rounding.
+    """
+    recording = behaviour["replay"]["actions"]
+    env = make_env(scenario, recording.shape[1], behaviour["replay"]["seed"])
+    for actions in recording.float().split(env.episode_steps):
+        yield rollout(env, lambda obs, step, actions=actions: actions[step], behaviour["prey"])
 
 
 BLOCK = 25  # robots' episodes that one core rolls out together
@@ -471,7 +493,7 @@ def rollout_block(scenario: str, num_envs: int, seed: tuple[int, ...], policies)
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     env = robots(scenario, num_envs)
     env.seed(seed)
-    return rollout(env, generator, policies, None)
+    return rollout(env, behave(env, policies, generator), None)
 
 
 def robot_rollouts(scenario: str, policies, seed: tuple[int, ...], num_transitions: int):
@@ -511,8 +533,8 @@ def whole_episodes(blocks, num_transitions: int):
 def make_rows(scenario: str, dataset: str, behaviour: dict, num_transitions: int, seed: int):
     """Yield a data set's transitions in blocks of whole episodes, as `rollout` returns them."""
     if dataset == "medium-replay":
-        rows, length = replay_rows(scenario, behaviour)
-        rows = rows.unflatten(1, (-1, length))
+        blocks, length = replay(scenario, behaviour), make_env(scenario, 1, 0).episode_steps
+        rows = torch.cat([rows for rows, _ in blocks], 1).unflatten(1, (-1, length))
         if rows.shape[1] > num_transitions // length:  # thin it out evenly: its policies improve from first to last
             rows = rows[:, torch.linspace(0, rows.shape[1] - 1, num_transitions // length).long()]
         yield rows.flatten(1, 2), torch.full((rows.shape[1],), length)
@@ -523,7 +545,8 @@ def make_rows(scenario: str, dataset: str, behaviour: dict, num_transitions: int
         generator = torch.Generator().manual_seed(seed)
     for i, source in enumerate(sources):
         if scenario in SCENARIOS:
-            blocks = (rollout(env, generator, behaviour.get(source), behaviour["prey"]) for _ in count())
+            act = behave(env, behaviour.get(source), generator)
+            blocks = (rollout(env, act, behaviour["prey"]) for _ in count())
             share = (num_transitions // EPISODE_STEPS + i) // len(sources) * EPISODE_STEPS
         else:
             share = num_transitions // len(sources)

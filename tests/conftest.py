@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import collect_datasets
-from particle_env import SCENARIOS, ParticleEnv
+from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,8 @@ def pretrained(tmp_path_factory):
         everybody = [{"policy": random_policy(size, g)} for size in sizes]
         medium = [{"policy": random_policy(size, g)} for size in sizes[: spec.num_controlled]]
         contents = {"agent_params": everybody, "medium": medium, "levels": {"medium": 1.0, "expert": 2.0}, "seed": 0}
-        torch.save(contents, folder / f"{scenario}.pt")
+        actions = torch.rand(2 * EPISODE_STEPS, 10, spec.num_controlled, 2, generator=g) * 2 - 1
+        torch.save(contents | {"replay": {"actions": actions.half(), "seed": seed}}, folder / f"{scenario}.pt")
     return folder
 
 

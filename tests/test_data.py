@@ -1,5 +1,6 @@
 """Data sets: what is stored is what happened in the environment, and nothing damaged is ever learned from."""
 
+import csv
 import errno
 import json
 import os
@@ -201,7 +202,7 @@ def test_transitions_are_whole_episodes(tmp_path, collect):
 
 
 def test_retraining_and_the_replay_data(tmp_path, monkeypatch):
-    """--train from scratch on a recipe that ends at once, and medium-replay from what it made."""
+    """--train from scratch on a recipe that ends at once, and medium-replay from what it made: TD3's own buffer."""
     recipe = collect_datasets.RECIPES["simple_tag"]
     never = dict.fromkeys(recipe.published, -1e9)
     monkeypatch.setitem(collect_datasets.RECIPES, "simple_tag", replace(recipe, published=never, prey_updates=3))
@@ -217,6 +218,16 @@ def test_retraining_and_the_replay_data(tmp_path, monkeypatch):
     data = arrays(tmp_path, "simple_tag", "medium-replay")
     check_against_environment("simple_tag", data, prey)
     episodes = data["obs"].shape[1] // EPISODE_STEPS
+    td3 = collect_datasets.TD3(
+        "simple_tag", common.load_torch(tmp_path / "pretrained/simple_tag.pt")["agent_params"][3]["policy"], 250, 0
+    )
+    td3.train(250, collect_datasets.tqdm(disable=True))
+    whole = td3.steps // EPISODE_STEPS
+    assert episodes == 16 * whole
+    names = collect_datasets.row_widths(td3.env)
+    for name, array in zip(names, td3.buffer[:, : whole * EPISODE_STEPS].split(td3.widths, -1), strict=True):
+        buffer = array.unflatten(1, (whole, EPISODE_STEPS)).transpose(2, 3)  # [n, blocks, worlds, 25, width]
+        np.testing.assert_array_equal(data[name].reshape(buffer.shape), buffer)
     obs, next_obs = (data[k].reshape(N, episodes, EPISODE_STEPS, 16) for k in ("obs", "next_obs"))
     np.testing.assert_array_equal(next_obs[:, :, :-1], obs[:, :, 1:])
     assert (
@@ -226,7 +237,8 @@ def test_retraining_and_the_replay_data(tmp_path, monkeypatch):
 
 def test_long_replay_data_are_thinned_out_evenly(tmp_path, collect, monkeypatch):
     rows = torch.arange(40.0).repeat_interleave(EPISODE_STEPS).expand(N, 1, -1).transpose(1, 2).repeat(1, 1, 16 * 2 + 4)
-    monkeypatch.setattr(collect_datasets, "replay_rows", lambda *args: (rows.clone(), EPISODE_STEPS))
+    blocks = [(block, None) for block in rows.split(16 * EPISODE_STEPS, 1)]
+    monkeypatch.setattr(collect_datasets, "replay", lambda *args: blocks)
     assert collect("simple_tag", "medium-replay", tmp_path, 250)["transitions"] == 250
     for array in arrays(tmp_path, "simple_tag", "medium-replay")["obs"]:
         episodes = array.reshape(10, EPISODE_STEPS * 16)
@@ -617,10 +629,13 @@ def test_interrupted_collection_leaves_what_was_there(exists, tmp_path, collect,
         collect("simple_tag", "random-medium", tmp_path, 100)
     before, rollout = contents(tmp_path), collect_datasets.rollout
 
-    def interrupted(env, generator, policies, prey):
-        if policies is not None:  # the second half of the mixture
+    made = []
+
+    def interrupted(*args):
+        made.append(rollout(*args))
+        if len(made) == 2:  # the second half of the mixture
             raise KeyboardInterrupt
-        return rollout(env, generator, policies, prey)
+        return made[-1]
 
     monkeypatch.setattr(collect_datasets, "rollout", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -686,12 +701,31 @@ def test_behaviour_policies_that_do_not_fit(tmp_path, collect, pretrained):
         "no such file": lambda file: None,
         "not a readable checkpoint": lambda file: file.write_bytes(b"?"),
         "simple_tag.pt": lambda file: torch.save({"agent_params": []}, file),
+        "simple_tag.pt: not behaviour": lambda file: torch.save(good | {"replay": {"seed": 0}}, file),
+        "not behaviour policies": lambda file: torch.save(
+            good | {"replay": {"actions": torch.zeros(24, 16, 3, 2)}}, file
+        ),
+        "policies of simple_tag": lambda file: torch.save(
+            good | {"replay": {"actions": torch.zeros(25, 16, 4, 2)}}, file
+        ),
     }
+    good = common.load_torch(pretrained / "simple_tag.pt")
     for message, make in bad.items():
         make(policies / "simple_tag.pt")
         with pytest.raises(UserError, match=message):
             collect("simple_tag", "medium", tmp_path / "datasets", pretrained_dir=policies)
         assert not contents(tmp_path / "datasets")
+
+
+@pytest.mark.parametrize("scenario", ["simple_spread", "simple_tag", "simple_world"])
+def test_replay_data_are_the_same_on_every_machine(scenario, tmp_path):
+    """The committed actions make the committed data set again: its size, and its returns but for rounding."""
+    made = collect_datasets.collect(scenario, "medium-replay", tmp_path)
+    with open(common.ROOT / "results/datasets.csv") as file:
+        (row,) = [r for r in csv.DictReader(file) if (r["scenario"], r["dataset"]) == (scenario, "medium-replay")]
+    assert (made["transitions"], made["episodes"]) == (int(row["transitions"]), int(row["episodes"]))
+    for name in ("return_mean", "return_std"):
+        assert made[name] == pytest.approx(float(row[name]), abs=0.1)
 
 
 def test_behaviour_policies_of_another_scenario(tmp_path, collect, pretrained):

@@ -389,6 +389,17 @@ def test_td3_resumes_bit_for_bit(small_td3, tmp_path):
     assert torch.equal(td3.buffer, resumed.buffer) and td3.steps == resumed.steps == 1020
 
 
+def test_recorded_actions_make_the_replay_buffer_again(small_td3):
+    td3 = small_td3()
+    td3.train(70, collect_datasets.tqdm(disable=True))
+    recording = td3.recording(td3.steps)
+    assert recording.dtype == torch.float16 and recording.shape == (1000, 2, 2, 3)  # one of the 1,020 steps' episodes
+    behaviour = {"prey": None, "replay": {"actions": recording, "seed": 0}}
+    ((rows, lengths),) = collect_datasets.replay("HalfCheetah", behaviour)
+    assert lengths.tolist() == [1000, 1000]
+    assert torch.equal(rows.view(2, 2, 1000, -1), td3.buffer[:, :1000].transpose(1, 2))
+
+
 def test_the_team_critic_sees_state_and_all_actions(small_td3):
     td3 = small_td3()
     obs, state, action = torch.randn(2, 5, 6), torch.randn(2, 5, 17), torch.randn(2, 5, 3)
