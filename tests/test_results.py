@@ -1,5 +1,6 @@
 """The committed results are complete, and the README shows what they hold and nothing else."""
 
+import csv
 import json
 import re
 import statistics
@@ -47,6 +48,31 @@ def test_results_were_made_with_the_settings_that_their_cells_have_today(target)
         if results:
             _, settings = reproduce.resolve(cell, reproduce.Args(target), ())
             assert not reproduce.differences(results, settings), cell
+
+
+@pytest.mark.parametrize("target", report.TARGETS)
+def test_results_are_from_the_data_sets_of_the_table(target):
+    """But for rounding, which makes the roll-outs of a robot's policies other episodes on another processor."""
+    with open(ROOT / "results/datasets.csv") as file:
+        table = {(row["scenario"], row["dataset"]): row for row in csv.DictReader(file)}
+    for cell in report.TARGETS[target].cells():
+        results = report.read(report.result_path(cell, ROOT / "results"))
+        if results and cell.scenario != "landmarks6":  # it has no row
+            row, fraction = table[cell.scenario, cell.dataset], results["settings"]["data_fraction"]
+            near = {"rel": 0.02} if cell.scenario == "HalfCheetah" else {"abs": 0.05 if fraction == 1 else 5}
+            assert results["data"]["mean"] == pytest.approx(float(row["return_mean"]), **near), cell
+            assert results["data"]["transitions"] == pytest.approx(int(row["transitions"]) * fraction, abs=1000), cell
+
+
+@pytest.mark.parametrize("scenario", ("simple_spread", "simple_tag", "simple_world", "HalfCheetah"))
+def test_readme_shows_the_data_sets(scenario):
+    cells = []
+    with open(ROOT / "results/datasets.csv") as file:
+        for row in csv.DictReader(file):
+            if row["scenario"] == scenario:
+                size = "1M" if row["transitions"] == "1000000" else f"{int(row['transitions']) / 1000:g}k"
+                cells.append(f"{float(row['return_mean']):.1f} ({float(row['return_max']):.0f}), {size}")
+    assert f"| `{scenario}` | {' | '.join(cells)} |" in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
 
 def mean_std(mean, std):
