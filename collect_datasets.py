@@ -457,7 +457,8 @@ def load_behaviour(pretrained_dir: str | Path, scenario: str) -> dict:
                 common.policy_action(policy, torch.zeros(1, size))
         prey, replay = everybody[n] if env.num_agents > n else None, checkpoint["replay"]
         steps, worlds, *action_shape = replay["actions"].shape
-        if steps % env.episode_steps or steps * worlds == 0 or action_shape != [n, env.action_size]:
+        whole = steps * worlds > 0 and steps % env.episode_steps == 0
+        if not whole or action_shape != [n, env.action_size] or not isinstance(replay["seed"], int):
             raise ValueError
         return {"prey": prey, "expert": everybody[:n], "medium": medium, "replay": replay}
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError):

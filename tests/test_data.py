@@ -705,6 +705,7 @@ def test_behaviour_policies_that_do_not_fit(tmp_path, collect, pretrained):
         "not behaviour policies": lambda file: torch.save(
             good | {"replay": {"actions": torch.zeros(24, 16, 3, 2)}}, file
         ),
+        "retrain them": lambda file: torch.save(good | {"replay": {"actions": torch.zeros(25, 16, 3, 2)}}, file),
         "policies of simple_tag": lambda file: torch.save(
             good | {"replay": {"actions": torch.zeros(25, 16, 4, 2)}}, file
         ),
