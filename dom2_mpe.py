@@ -164,7 +164,7 @@ SETTINGS = {
     ("simple_tag", "expert"): (4_000, 256, (64, 64), 1.0, 0.0),
     ("simple_world", "random"): (3_000, 256, (128, 128), 10.0, 0.0),
     ("simple_world", "random-medium"): (3_000, 256, (64, 64), 5.0, 0.0),
-    ("simple_world", "medium-replay"): (3_000, 256, (64, 64), 5.0, 0.0),
+    ("simple_world", "medium-replay"): (2_000, 1024, (64, 64), 5.0, 0.0),
     ("simple_world", "medium"): (2_000, 1024, (64, 64), 1.0, 0.0),
     ("simple_world", "medium-expert"): (2_000, 1024, (64, 64), 1.0, 0.0),
     ("simple_world", "expert"): (2_000, 1024, (64, 64), 1.0, 0.0),
