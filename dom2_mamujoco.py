@@ -156,7 +156,7 @@ SETTING_NAMES = ("updates", "batch_size", "actor_lr", "eta")
 SETTINGS = {
     "random": (10_000, 256, 1e-3, 1.0),
     "random-medium": (10_000, 256, 1e-3, 0.3),
-    "medium-replay": (10_000, 256, 1e-3, 0.3),
+    "medium-replay": (10_000, 256, 1e-3, 1.0),
     "medium": (10_000, 256, 1e-3, 0.02),
     "medium-expert": (10_000, 256, 1e-3, 0.1),
     "expert": (10_000, 256, 3e-4, 0.02),

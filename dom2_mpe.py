@@ -158,7 +158,7 @@ SETTINGS = {
     ("simple_spread", "expert"): (4_000, 256, (64, 64), 5.0, 0.1),
     ("simple_tag", "random"): (4_000, 256, (128, 128), 10.0, 0.0),
     ("simple_tag", "random-medium"): (3_000, 256, (64, 64), 5.0, 0.0),
-    ("simple_tag", "medium-replay"): (3_000, 256, (64, 64), 5.0, 0.0),
+    ("simple_tag", "medium-replay"): (2_000, 1024, (64, 64), 5.0, 0.0),
     ("simple_tag", "medium"): (5_000, 256, (64, 64), 1.0, 0.0),
     ("simple_tag", "medium-expert"): (4_000, 256, (64, 64), 1.0, 0.0),
     ("simple_tag", "expert"): (4_000, 256, (64, 64), 1.0, 0.0),
