@@ -93,7 +93,7 @@ def parse(args_class, description: str | None = None, **options):
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(args_class, description=description, config=(tyro.conf.FlagCreatePairsOff,), **options)
+            return tyro.cli(args_class, description=description, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

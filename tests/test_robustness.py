@@ -668,7 +668,7 @@ def drawn(strategies, script):
     if script == "dom2_mamujoco":
         strategies = strategies | {name: st.sampled_from(choices) for name, choices in ROBOTS.items()}
     optional = {name: strategies[name] for name in strategies if name in defaults}
-    optional |= {name: st.just(not defaults[name]) for name in SWITCHES if name in defaults}  # --x or --no-x exists
+    optional |= {name: st.booleans() for name in SWITCHES if name in defaults}
     return st.fixed_dictionaries({}, optional=optional)
 
 
