@@ -567,6 +567,8 @@ def write_arrays(folder: Path, widths: dict[str, int], blocks, num_transitions: 
         returns.append(team_returns(rows, lengths, widths["obs"] + widths["acs"]))
         done += T
         bar.update(T)
+    bar.total = done  # medium-replay ends before num_transitions
+    bar.refresh()
     checksums = {}
     for name, array in arrays.items():
         for agent, values in enumerate(array[:, :done]):
