@@ -150,12 +150,12 @@ class Args(RunArgs):
 # What differs per scenario and data set, found by experiment (README, "Settings"). An option on the command line wins.
 SETTING_NAMES = ("updates", "batch_size", "critic_widths", "eta", "zeta")
 SETTINGS = {
-    ("simple_spread", "random"): (6_000, 256, (128, 128), 20.0, 0.0),
+    ("simple_spread", "random"): (5_000, 1024, (128, 128), 60.0, 0.0),
     ("simple_spread", "random-medium"): (3_000, 256, (128, 128), 5.0, 0.0),
     ("simple_spread", "medium-replay"): (2_000, 1024, (128, 128), 5.0, 0.1),
-    ("simple_spread", "medium"): (4_000, 256, (64, 64), 5.0, 0.1),
-    ("simple_spread", "medium-expert"): (4_000, 256, (64, 64), 5.0, 0.1),
-    ("simple_spread", "expert"): (4_000, 256, (64, 64), 5.0, 0.1),
+    ("simple_spread", "medium"): (2_000, 1024, (64, 64), 5.0, 0.1),
+    ("simple_spread", "medium-expert"): (2_000, 1024, (64, 64), 5.0, 0.1),
+    ("simple_spread", "expert"): (2_000, 1024, (64, 64), 5.0, 0.1),
     ("simple_tag", "random"): (4_000, 256, (128, 128), 10.0, 0.0),
     ("simple_tag", "random-medium"): (3_000, 256, (64, 64), 5.0, 0.0),
     ("simple_tag", "medium-replay"): (2_000, 1024, (64, 64), 5.0, 0.0),
