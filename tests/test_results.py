@@ -153,6 +153,21 @@ ABLATIONS = {
 }
 
 
+def augmentation(label, without, with_):
+    """The README's row of an algorithm without and with Algorithm 1, on random-medium of the three environments."""
+    scenarios = ("simple_tag", "simple_world", "simple_spread")
+    return f"| {label} | {' | '.join(show(load(f, s, 'random-medium')) for s in scenarios for f in (without, with_))} |"
+
+
+AUGMENTED = {
+    "DOM2": ("dom2-no-augment", "dom2"),
+    "MA-TD3+BC": ("ma_td3bc", "ma_td3bc-augment"),
+    "MA-CQL": ("ma_cql", "ma_cql-augment"),
+    "OMAR": ("omar", "omar-augment"),
+    "MA-SfBC": ("ma_sfbc", "ma_sfbc-augment"),
+}
+
+
 def quality(scenario, dataset):
     """The README's row of the diffusion policies on a data set (Figure 5d)."""
     cells = [show(load(name, scenario, dataset)) for name in ("dom2", "ma_sfbc", "madiff")]
@@ -177,6 +192,11 @@ def test_readme_shows_madiff(cell):
 @pytest.mark.parametrize("folder", ABLATIONS)
 def test_readme_shows_the_ablations(folder):
     assert ablation(folder, ABLATIONS[folder]) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("label", AUGMENTED)
+def test_readme_shows_augmentation_for_everyone(label):
+    assert augmentation(label, *AUGMENTED[label]) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("shift", ["none", "dismiss"])
