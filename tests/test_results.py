@@ -135,9 +135,12 @@ def efficiency(scenario, dataset):
     return f"| `{scenario}` {dataset} | {' | '.join(cells)} |"
 
 
+PARTICLES = ("simple_tag", "simple_world", "simple_spread")
+
+
 def ablation(folder, label):
     """The README's row of a part of DOM2 left out or replaced, on random-medium of the three environments."""
-    results = [load(folder, scenario, "random-medium") for scenario in ("simple_tag", "simple_world", "simple_spread")]
+    results = [load(folder, scenario, "random-medium") for scenario in PARTICLES]
     return f"| {label} | {' | '.join(show(found, shift) for found in results for shift in ('none', 'speed'))} |"
 
 
@@ -155,8 +158,7 @@ ABLATIONS = {
 
 def augmentation(label, without, with_):
     """The README's row of an algorithm without and with Algorithm 1, on random-medium of the three environments."""
-    scenarios = ("simple_tag", "simple_world", "simple_spread")
-    return f"| {label} | {' | '.join(show(load(f, s, 'random-medium')) for s in scenarios for f in (without, with_))} |"
+    return f"| {label} | {' | '.join(show(load(f, s, 'random-medium')) for s in PARTICLES for f in (without, with_))} |"
 
 
 AUGMENTED = {
