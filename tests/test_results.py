@@ -167,6 +167,7 @@ AUGMENTED = {
     "MA-CQL": ("ma_cql", "ma_cql-augment"),
     "OMAR": ("omar", "omar-augment"),
     "MA-SfBC": ("ma_sfbc", "ma_sfbc-augment"),
+    "MA-BC": ("ma_bc", "ma_bc-augment"),
 }
 
 
