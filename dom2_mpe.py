@@ -153,7 +153,7 @@ SETTINGS = {
     ("simple_spread", "random"): (5_000, 1024, (128, 128), 0.95, 60.0, 0.0),
     ("simple_spread", "random-medium"): (3_000, 256, (128, 128), 0.95, 5.0, 0.0),
     ("simple_spread", "medium-replay"): (2_000, 1024, (128, 128), 0.95, 5.0, 0.1),
-    ("simple_spread", "medium"): (2_000, 1024, (64, 64), 0.9, 5.0, 0.1),
+    ("simple_spread", "medium"): (2_000, 1024, (64, 64), 0.95, 5.0, 0.1),
     ("simple_spread", "medium-expert"): (2_000, 1024, (64, 64), 0.95, 5.0, 0.1),
     ("simple_spread", "expert"): (2_000, 1024, (64, 64), 0.95, 5.0, 0.1),
     ("simple_tag", "random"): (4_000, 256, (128, 128), 0.9, 40.0, 0.0),
