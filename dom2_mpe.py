@@ -161,7 +161,7 @@ SETTINGS = {
     ("simple_tag", "medium-replay"): (2_000, 1024, (64, 64), 0.95, 5.0, 0.0),
     ("simple_tag", "medium"): (8_000, 256, (64, 64), 0.8, 1.0, 0.0),
     ("simple_tag", "medium-expert"): (4_000, 256, (64, 64), 0.95, 1.0, 0.0),
-    ("simple_tag", "expert"): (4_000, 256, (64, 64), 0.95, 1.0, 0.0),
+    ("simple_tag", "expert"): (8_000, 256, (64, 64), 0.8, 1.0, 0.0),
     ("simple_world", "random"): (3_000, 256, (128, 128), 0.95, 10.0, 0.0),
     ("simple_world", "random-medium"): (3_000, 256, (64, 64), 0.95, 5.0, 0.0),
     ("simple_world", "medium-replay"): (2_000, 1024, (64, 64), 0.95, 5.0, 0.0),
