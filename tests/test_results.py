@@ -135,12 +135,9 @@ def efficiency(scenario, dataset):
     return f"| `{scenario}` {dataset} | {' | '.join(cells)} |"
 
 
-PARTICLES = ("simple_tag", "simple_world", "simple_spread")
-
-
 def ablation(folder, label):
     """The README's row of a part of DOM2 left out or replaced, on random-medium of the three environments."""
-    results = [load(folder, scenario, "random-medium") for scenario in PARTICLES]
+    results = [load(folder, scenario, "random-medium") for scenario in report.PARTICLE]
     return f"| {label} | {' | '.join(show(found, shift) for found in results for shift in ('none', 'speed'))} |"
 
 
@@ -158,7 +155,8 @@ ABLATIONS = {
 
 def augmentation(label, without, with_):
     """The README's row of an algorithm without and with Algorithm 1, on random-medium of the three environments."""
-    return f"| {label} | {' | '.join(show(load(f, s, 'random-medium')) for s in PARTICLES for f in (without, with_))} |"
+    results = [load(folder, s, "random-medium") for s in report.PARTICLE for folder in (without, with_)]
+    return f"| {label} | {' | '.join(map(show, results))} |"
 
 
 AUGMENTED = {
