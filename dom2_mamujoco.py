@@ -151,7 +151,7 @@ class Args(RunArgs):
     """hidden layers compute in bfloat16, by default where the hardware does, faster there; the rest stays float32"""
 
 
-# What differs per data set, found by experiment (README, "Settings"). An option on the command line wins.
+# What differs per data set, found by experiment (results/README.md). An option on the command line wins.
 SETTING_NAMES = ("updates", "batch_size", "actor_lr", "eta")
 SETTINGS = {
     "random": (10_000, 256, 1e-3, 1.0),

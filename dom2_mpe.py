@@ -147,7 +147,7 @@ class Args(RunArgs):
     """hidden layers compute in bfloat16, by default where the hardware does, faster there; the rest stays float32"""
 
 
-# What differs per scenario and data set, found by experiment (README, "Settings"). An option on the command line wins.
+# What differs per scenario and data set, found by experiment (results/README.md). An option on the command line wins.
 SETTING_NAMES = ("updates", "batch_size", "critic_widths", "gamma", "eta", "zeta")
 SETTINGS = {
     ("simple_spread", "random"): (5_000, 1024, (128, 128), 0.95, 60.0, 0.0),
