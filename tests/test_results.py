@@ -211,3 +211,20 @@ def test_readme_shows_the_six_landmarks(dataset, shift):
     line = f"| `landmarks6` {dataset} | {'standard' if shift == 'none' else '`dismiss`'} | {' | '.join(cells)} | "
     line += f"{results['data']['mean']:.1f} |" if shift == "none" else "|"
     assert line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_every_mean_and_spread_has_a_raw_file_or_is_said_to_have_none(name):
+    known = set()
+    for path in FILES:
+        returns = json.loads(path.read_text())["returns"]
+        known |= {mean_std(statistics.mean(values), statistics.pstdev(values)) for values in returns.values()}
+    with open(ROOT / "results/paper.csv") as file:
+        known |= {mean_std(float(row["mean_return"]), float(row["std_return"])) for row in csv.DictReader(file)}
+    text, found = (ROOT / name).read_text(encoding="utf-8"), 0
+    for part in re.split(r"\n\n|\n(?=[-|] ?)", text):  # paragraphs, items of lists, rows of tables
+        part = " ".join(part.split()).replace(",", "")
+        numbers = re.findall(r"-?\d+\.\d ± \d+\.\d", part)
+        found += len(numbers)
+        assert "no raw file" in part or "commit " in part or not set(numbers) - known, part
+    assert found > 50
