@@ -419,10 +419,16 @@ def draw_curves(ax, curves: dict[str, list], ticks: list[str], title: str, xlabe
         known = [(x, point.mean(), point.std()) for x, point in enumerate(points) if point is not None]
         if known:
             ax.errorbar(*np.array(known).T, marker="o", capsize=3, label=label, color=COLOURS.get(label, f"C{k}"))
-            ax.legend(frameon=False, fontsize=8)
     ax.set_xticks(range(len(ticks)), ticks)
     ax.set_xlim(-0.3, len(ticks) - 0.7)
     ax.set(title=title, xlabel=xlabel)
+
+
+def add_legend(figure: Figure, ncols: int) -> None:
+    """One legend below all panels of curves."""
+    labelled = [ax.get_legend_handles_labels() for ax in figure.axes]
+    found = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=ncols, frameon=False)
 
 
 def draw_fig5(target: Target, rows: list[Row]) -> Figure:
@@ -448,12 +454,13 @@ def draw_fig5(target: Target, rows: list[Row]) -> Figure:
     draw_curves(axes[-1], points, DATASETS, "mean of the scenarios", "data set")
     axes[-1].set_xticks(range(len(DATASETS)), DATASETS, rotation=30, ha="right")
     axes[0].set_ylabel("normalised score")
+    add_legend(figure, ncols=5)
     return figure
 
 
 def draw_steps(target: Target, rows: list[Row]) -> Figure:
     """Normalised score and time per decision, as far as it was measured, against the number of denoising steps."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     scores, times = figure.subplots(1, 2)
     points = {f"{row.scenario} {row.dataset}": [mean_scores([row], v) for v in STEP_COUNTS] for row in rows}
     draw_curves(scores, points, STEPS, "", "denoising steps N")
@@ -463,6 +470,7 @@ def draw_steps(target: Target, rows: list[Row]) -> Figure:
     draw_curves(times, points, STEPS, "", "denoising steps N")
     scores.set_ylabel("normalised score")
     times.set(ylabel="milliseconds per decision", ylim=(0, None))
+    add_legend(figure, ncols=3)
     return figure
 
 

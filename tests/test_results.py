@@ -126,7 +126,7 @@ OPPONENTS = {"ma_cql": "MA-CQL", "omar": "OMAR", "ma_sfbc": "MA-SfBC"}  # of the
 
 
 def efficiency(scenario, dataset):
-    """The README's row of each algorithm on 5% of the trajectories, and of DOM2 and its best opponent on all of them."""
+    """The README's row of each algorithm on 5% of the trajectories, and of DOM2 and its best opponent on all."""
     reduced = [load(f"{name}-data-fraction-0.05", scenario, dataset) for name in ("dom2", *OPPONENTS)]
     found = {name: load(name, scenario, dataset) for name in OPPONENTS}
     best = max(found, key=lambda name: statistics.mean(found[name]["returns"]["none"]))
