@@ -17,7 +17,7 @@ are DOM2's and the conservative term has a third of the actions. OMAR's publishe
 OMAR's networks begin with batch normalisation, each call by its own batch. For observations that comes to
 standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a scale common to all actions
 of a call leaves Q as it is. Policies gain nothing from running to the border of the action box, where Q is least known,
-but nothing teaches them offset and scale either; `--no-batch-norm` turns it off.
+but nothing teaches them offset and scale either; `--batch-norm False` turns it off.
 One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
 """
 
@@ -64,7 +64,7 @@ class Args(RunArgs):
     """noisy actions of the policy at o, and as many at o', in the conservative term"""
     cql_noise: float = 0.2
     """standard deviation of their noise"""
-    batch_norm: bool = True
+    batch_norm: bool | None = None
     """critics see actions standardised over the call's own batch"""
     action_penalty: float = 1e-3
     """weight of the squared action in the policy's loss"""
@@ -77,11 +77,11 @@ class Args(RunArgs):
 SETTINGS = {
     "particles": {
         **{"batch_size": 1024, "lr": 0.01, "widths": (64, 64), "gamma": 0.95, "rho": 0.01},
-        **{"cql_actions": 10, "cql_policy_actions": 0},
+        **{"cql_actions": 10, "cql_policy_actions": 0, "batch_norm": True},
     },
     "robots": {
         **{"batch_size": 256, "lr": 1e-3, "widths": (128, 128), "gamma": 0.99, "rho": 0.005},
-        **{"cql_actions": 4, "cql_policy_actions": 3},
+        **{"cql_actions": 4, "cql_policy_actions": 3, "batch_norm": True},
     },
 }
 # In the order of common.DATASETS. As published with OMAR but for robots' updates, which are DOM2's, and for

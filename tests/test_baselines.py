@@ -817,7 +817,8 @@ def test_settings_of_omar_are_the_published_ones(scenario, dataset, updates, cql
     args = omar.resolve(omar.Args(scenario=scenario, dataset=dataset))
     assert (args.updates, args.cql_alpha, args.omar_coe) == (updates, cql_alpha, omar_coe)
     cql = ma_cql.resolve(ma_cql.Args(scenario=scenario, dataset=dataset))
-    assert all(getattr(cql, field.name) == getattr(args, field.name) for field in fields(cql))
+    chosen_here = {"batch_norm"}
+    assert all(getattr(cql, f.name) == getattr(args, f.name) for f in fields(cql) if f.name not in chosen_here)
     assert args.updates == 2 * ma_td3bc.resolve(ma_td3bc.Args(scenario=scenario, dataset=dataset)).updates
     assert args.batch_size == (256 if scenario == "HalfCheetah" else 1024) and args.max_grad_norm == 0.5
 

@@ -199,6 +199,23 @@ def test_readme_shows_augmentation_for_everyone(label):
     assert augmentation(label, *AUGMENTED[label]) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
 
+PUBLISHED_ON = ("random", "medium-replay", "medium", "expert")  # data sets with scores published for the baselines
+COMPARED = {"ma_cql": "MA-CQL", "ma_td3bc": "MA-TD3+BC", "omar": "OMAR", "madiff": "MADiff"}
+
+
+def published(scenario, name):
+    """The README's normalised scores of a baseline, up to the published ones: a pattern."""
+    returns = [statistics.mean(load(name, scenario, dataset)["returns"]["none"]) for dataset in PUBLISHED_ON]
+    cells = [rf"{common.normalised_score(scenario, value):.1f} / \d+\.\d" for value in returns]
+    return r" \| ".join([rf"\| `{scenario}` {re.escape(COMPARED[name])}", *cells]) + r" \|"
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("scenario", report.PARTICLE)
+def test_readme_shows_normalised_scores_beside_the_published(scenario, name):
+    assert re.search(f"^{published(scenario, name)}$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
 @pytest.mark.parametrize("shift", ["none", "dismiss"])
 @pytest.mark.parametrize("dataset", ["medium", "expert"])
 def test_readme_shows_the_six_landmarks(dataset, shift):
