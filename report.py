@@ -469,7 +469,7 @@ def draw_steps(target: Target, rows: list[Row]) -> Figure:
     points = {"_": [np.array(column) if column else None for column in measured]}  # a label that no legend shows
     draw_curves(times, points, STEPS, "", "denoising steps N")
     scores.set_ylabel("normalised score")
-    times.set(ylabel="milliseconds per decision of all agents of all seeds", ylim=(0, None))
+    times.set(ylabel="milliseconds per decision,\nall agents of all seeds", ylim=(0, None))
     add_legend(figure, ncols=3)
     return figure
 
