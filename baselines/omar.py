@@ -63,7 +63,7 @@ BATCH_NORM = {
     "simple_spread": (True, True, True, True, False, True),
     "simple_tag": (True, True, False, True, False, False),
     "simple_world": (False, True, False, True, False, False),
-    "HalfCheetah": (True, True, True, True, False, True),
+    "HalfCheetah": (True, False, True, True, False, True),
 }
 BY_DATA = {
     name: ma_cql.BY_DATA[name] | {"omar_coe": OMAR_COE[name], "batch_norm": BATCH_NORM[name]} for name in OMAR_COE
