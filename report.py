@@ -379,7 +379,7 @@ def draw_bars(target: Target, rows: list[Row]) -> Figure:
     handles = [axes[0].bar(0, 0, color=colours[variant], label=variant.label) for variant in columns]
     if any(row.paper for row in rows):
         handles += axes[0].plot([], [], "k", lw=1.2, label="in the paper")
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, 3 * len(panels)), frameon=False)
     return figure
 
 
