@@ -281,7 +281,7 @@ def run_local(jobs: list[Job], args: Args) -> None:
                 slots.append(slot)
                 write(job.folder / "exit_code", f"{process.returncode}\n")
                 collect(job)
-                failed += process.returncode > 0
+                failed += 0 < process.returncode < 128  # others were stopped
                 bar.update()
             bar.set_postfix_str(f"{len(running)} running, {failed} failed")
             time.sleep(0.1)

@@ -17,7 +17,7 @@ are DOM2's and the conservative term has a third of the actions. OMAR's publishe
 OMAR's networks begin with batch normalisation, each call by its own batch. For observations that comes to
 standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a scale common to all actions
 of a call leaves Q as it is. Policies gain nothing from running to the border of the action box, where Q is least known,
-but nothing teaches them offset and scale either; `--batch-norm False` turns it off.
+but nothing teaches them offset and scale either. BY_DATA leaves it out where that brings more return.
 One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
 """
 

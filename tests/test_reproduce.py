@@ -135,7 +135,8 @@ def test_a_stopped_grid_goes_on_from_its_checkpoints(tiny, tmp_path):
     wait_until(lambda: (log.exists() and re.search(r"[1-9]\d*/500 ", log.read_text())) or grid.poll() is not None)
     assert the_state(args, further) == "running"
     grid.terminate()
-    out, _ = grid.communicate(timeout=120)
+    out, bar = grid.communicate(timeout=120)
+    assert "0 failed" in bar and "1 failed" not in bar
     assert grid.returncode == 128 + signal.SIGTERM and "stopped; the same line goes on from here" in out
     assert "stopped after update" in log.read_text()
     assert the_state(args, further) == "interrupted"
