@@ -121,7 +121,7 @@ def test_readme_shows_the_raw_results(scenario, dataset):
 
 
 def ablation(folder, label):
-    """The README's row of a part of DOM2 left out or replaced, on random-medium: all environments, then shifted ones."""
+    """The README's row of a part of DOM2 left out or replaced, on random-medium: standard, then shifted."""
     cells = [show(load(folder, scenario, "random-medium")) for scenario in (*report.PARTICLE, *report.MUJOCO)]
     cells += [show(load(folder, scenario, "random-medium"), "speed") for scenario in report.PARTICLE]
     return f"| {label} | {' | '.join(cells)} |"
