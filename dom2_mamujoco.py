@@ -1152,15 +1152,17 @@ def print_table(results: dict) -> None:
     print(
         f"\n{results['algorithm'].upper()} on {scenario}/{dataset}, last parameters ({results['updates']:,} updates),"
     )
-    print(f"mean return of {episodes:,} episodes for each of {seeds} seeds, mean ± std over seeds\n")
+    over_seeds = f"for each of {seeds} seeds, mean ± std over seeds" if seeds > 1 else "of one seed"
+    print(f"mean return of {episodes:,} episodes {over_seeds}\n")
     paper_column = f"paper ({paper_name})"
     print(f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{paper_column:>17}")
     for shift, returns in results["returns"].items():
         x = torch.tensor(returns)
+        spread = f" ± {x.std(correction=0):.1f}" if seeds > 1 else ""
         normalised = common.NORMALISATION.get(scenario) and common.normalised_score(scenario, x.mean().item())
         paper = common.paper_result(scenario, dataset, shift, paper_name)
         print(
-            f"{'standard' if shift == 'none' else shift:<12} {f'{x.mean():.1f} ± {x.std(correction=0):.1f}':>16} "
+            f"{'standard' if shift == 'none' else shift:<12} {f'{x.mean():.1f}{spread}':>16} "
             f"{'-' if normalised is None else f'{normalised:.1f}':>11} {data['mean']:>10.1f} {data['max']:>9.1f} "
             f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>16}"
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -200,6 +201,15 @@ def test_policy_is_that_of_the_chosen_seed_and_agent(finished, tmp_path, prey):
         np.testing.assert_allclose(
             actions["agent_0"], common.policy_action(frozen, torch.from_numpy(obs["agent_0"])), atol=1e-6
         )
+
+
+def test_the_table_of_one_seed_shows_no_spread(finished, capsys):
+    results = json.loads((finished[0] / "results.json").read_text())
+    results |= {"num_seeds": 1, "returns": {"none": [12.34], "speed": [5.0]}}
+    dom2_mpe.print_table(results)
+    out = capsys.readouterr().out
+    assert "mean return of 4 episodes of one seed\n" in out
+    assert re.search(r"^standard +12\.3 +8\.7 ", out, re.MULTILINE) and "12.3 ±" not in out
 
 
 @pytest.fixture
