@@ -5,10 +5,11 @@ them side by side and adds shifted robots after Packer et al. (2018).
 
     env = MujocoEnv("HalfCheetah", num_envs=32)                 # two agents, hind and front leg, three joints each
     obs = env.reset()                                           # [E, n, d]
-    obs, reward, terminated = env.step(actions)                 # actions [E, n, A] in [-1, 1]; [E, n, d], [E], [E]
+    obs, rewards, terminated = env.step(actions)                # actions [E, n, A] in [-1, 1]; [E, n, d], [E, n], [E]
 
-An episode ends after `env.episode_steps` steps or, in robots that can fall, with a fall: `terminated`. Only a fall is a
-terminal state. E is the number of environments, n of agents. Arrays are float32, `terminated` is bool.
+The interface is that of `particle_env.TeamEnv`. An episode ends after `env.episode_steps` steps or, in robots that can
+fall, with a fall: `terminated`. Only a fall is a terminal state. E is the number of environments, n of agents. Tensors
+are float32, `terminated` is bool. The simulation runs on the CPU; `device` is where its tensors go.
 """
 
 import io
@@ -20,6 +21,8 @@ import warnings
 from contextlib import contextmanager, redirect_stderr
 
 import numpy as np
+import torch
+from torch import Tensor
 
 # Robots, and the partition where none is given: "2x3" is two agents of three joints each.
 SCENARIOS = {
@@ -86,6 +89,25 @@ def task_name(scenario: str, agent_conf: str | None = None, agent_obsk: int = 0)
     )
 
 
+def make_robots(task: str, num_envs: int, render_mode: str | None) -> list:
+    """The library's environments of one task. Raises ValueError where the robot has no such partition."""
+    scenario, _, partition = task.partition("-")
+    agent_conf, _, agent_obsk = (partition or f"{SCENARIOS[scenario]}-obsk0").partition("-obsk")
+    options = {"global_categories": (), "render_mode": render_mode}
+    if render_mode is not None:
+        options |= {"width": 300, "height": 300}
+    with quiet():
+        from gymnasium_robotics import mamujoco_v1
+
+        try:
+            obsk = int(agent_obsk)
+            return [mamujoco_v1.parallel_env(scenario, agent_conf, obsk, **options) for _ in range(num_envs)]
+        except Exception as error:  # the library raises plain Exceptions
+            if not partition:
+                raise
+            raise ValueError(f"{scenario} has no partition {partition!r} ({error})") from None
+
+
 class MujocoEnv:
     """`num_envs` independent environments of one robot, stepped in lockstep.
 
@@ -93,6 +115,7 @@ class MujocoEnv:
         task: a robot of `SCENARIOS`, or a `task_name` with another partition.
         num_envs: number of environments E.
         shift: None, or "random" or "extreme": at every reset each environment draws a new robot, see `SHIFTS`.
+        device: of the tensors that `reset` and `step` return.
         seed: an int or a tuple of ints. Environment i's first states and shifts depend on `seed` and i alone.
         render_mode: None, or "rgb_array" for `render`.
 
@@ -102,8 +125,8 @@ class MujocoEnv:
         ValueError: unknown scenario, partition or shift, or agents with different numbers of actions.
     """
 
-    def __init__(self, task, num_envs, shift=None, seed=0, render_mode=None):
-        scenario, _, partition = task.partition("-")
+    def __init__(self, task, num_envs, shift=None, device="cpu", seed=0, render_mode=None):
+        scenario = task.partition("-")[0]
         if scenario not in SCENARIOS:
             raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
         if shift not in (None, "none", *SHIFTS):
@@ -111,39 +134,26 @@ class MujocoEnv:
         if render_mode is not None and sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")
         self.task, self.num_envs, self.shift = task, num_envs, SHIFTS.get(shift)
-        agent_conf, _, agent_obsk = (partition or f"{SCENARIOS[scenario]}-obsk0").partition("-obsk")
-        options = {"global_categories": (), "render_mode": render_mode}
-        if render_mode is not None:
-            options |= {"width": 300, "height": 300}
-        with quiet():
-            from gymnasium_robotics import mamujoco_v1
-
-            try:
-                obsk = int(agent_obsk)
-                self.envs = [mamujoco_v1.parallel_env(scenario, agent_conf, obsk, **options) for _ in range(num_envs)]
-            except Exception as error:  # the library raises plain Exceptions
-                if not partition:
-                    raise
-                raise ValueError(f"{scenario} has no partition {partition!r} ({error})") from None
+        self.device = torch.device(device)
+        self.envs = make_robots(task, num_envs, render_mode)
         env = self.envs[0]
         self.robots = [env.single_agent_env.unwrapped for env in self.envs]
         joints = [[joint.act_ids for joint in partition] for partition in env.agent_action_partitions]
         if len({len(j) for j in joints}) > 1:
             raise ValueError(
-                f"the agents of {scenario} {agent_conf} have {', '.join(str(len(j)) for j in joints)} joints: "
+                f"the agents of {task} have {', '.join(str(len(j)) for j in joints)} joints: "
                 "agents are trained in one stack and need equally many"
             )
-        self.num_agents = self.num_controlled = len(joints)
-        self.action_size = len(joints[0])
+        self.agents, self.num_agents, self.action_size = tuple(env.possible_agents), len(joints), len(joints[0])
         self._joints = np.array(joints).flatten()
         self.episode_steps = env.single_agent_env.get_wrapper_attr("_max_episode_steps")
         self.obs_size = max(env.observation_space(agent).shape[0] for agent in env.possible_agents)
         self.state_size = len(env.state())
         self.ratios = np.ones((num_envs, 3))  # drawn gear, torso and friction
         self.seed(seed)
-        self.obs = np.zeros((num_envs, self.num_agents, self.obs_size), np.float32)
-        self.state = np.zeros((num_envs, self.state_size), np.float32)  # what a single agent would see
-        self.terminated = np.zeros(num_envs, bool)
+        self._obs = np.zeros((num_envs, self.num_agents, self.obs_size), np.float32)
+        self._state = np.zeros((num_envs, self.state_size), np.float32)
+        self._terminated = np.zeros(num_envs, bool)
 
     def seed(self, seed) -> None:
         """From the next reset on, the episodes of a new object with this seed; the robots are costly to make."""
@@ -153,15 +163,23 @@ class MujocoEnv:
             robot.np_random = np.random.default_rng(int(sequence.generate_state(1)[0]))
             self._generators.append(np.random.default_rng(sequence.spawn(1)[0]))
 
-    def reset(self) -> np.ndarray:
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.copy()).to(self.device)
+
+    @property
+    def state(self) -> Tensor:
+        """What a single agent that controls the whole robot would see, [E, s]."""
+        return self._tensor(self._state)
+
+    def reset(self) -> Tensor:
         """Start a new episode in every environment. Returns obs [E, n, d]."""
-        self.obs, self.state, self.terminated = self.obs.copy(), self.state.copy(), np.zeros(self.num_envs, bool)
+        self._terminated[:] = False
         for i, robot in enumerate(self.robots):
             if self.shift is not None:
                 self._draw_robot(i)
-            self.state[i] = robot.reset()[0]
+            self._state[i] = robot.reset()[0]
             self._observe(i)
-        return self.obs
+        return self._tensor(self._obs)
 
     def _draw_robot(self, i: int) -> None:
         import mujoco
@@ -181,25 +199,25 @@ class MujocoEnv:
 
     def _observe(self, i: int) -> None:
         for agent, obs in enumerate(self.envs[i]._get_obs().values()):
-            self.obs[i, agent, : len(obs)] = obs
+            self._obs[i, agent, : len(obs)] = obs
 
-    def step(self, actions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Advance every environment that has not ended by one step; the others stand still, at reward 0.
 
         Args:
             actions: [E, n, A] in [-1, 1], one number per joint.
 
         Returns:
-            obs [E, n, d], reward [E] (the robot's, which every agent gets), terminated [E].
+            obs [E, n, d], rewards [E, n] (every agent gets the robot's), terminated [E].
         """
         controls = np.empty((self.num_envs, self._joints.size))
-        controls[:, self._joints] = np.asarray(actions).reshape(self.num_envs, -1)
+        controls[:, self._joints] = actions.reshape(self.num_envs, -1).cpu().numpy()
         reward = np.zeros(self.num_envs, np.float32)
-        self.obs, self.state, self.terminated = self.obs.copy(), self.state.copy(), self.terminated.copy()
-        for i in np.flatnonzero(~self.terminated):
-            self.state[i], reward[i], self.terminated[i], _, _ = self.robots[i].step(controls[i])
+        for i in np.flatnonzero(~self._terminated):
+            self._state[i], reward[i], self._terminated[i], _, _ = self.robots[i].step(controls[i])
             self._observe(i)
-        return self.obs, reward, self.terminated
+        rewards = self._tensor(reward)[:, None].expand(-1, self.num_agents)
+        return self._tensor(self._obs), rewards, self._tensor(self._terminated)
 
     def render(self, i: int = 0) -> np.ndarray:
         """Environment i as an image, uint8 [300, 300, 3], drawn off-screen.

@@ -152,7 +152,6 @@ class ParticleEnv:
         self.shift, self.device, self.dtype = shift, torch.device(device), dtype
         self.generator = torch.Generator(self.device).manual_seed(seed)
         spec = self.spec
-        self.num_controlled, self.action_size, self.episode_steps = spec.num_controlled, 2, EPISODE_STEPS
         self.num_agents, self.num_landmarks = len(spec.agents), len(spec.landmarks)
         n, m, solid = self.num_agents, self.num_landmarks, spec.num_solid
 
@@ -167,7 +166,6 @@ class ParticleEnv:
         self._contact_distance[torch.arange(n), torch.arange(n)] = -INF  # nobody collides with itself
         self._others = torch.tensor([[j for j in range(n) if j != i] for i in range(n)], device=self.device)
         self.obs_sizes = tuple(4 + 2 * m + 2 * (n - 1) + extra for extra in self._extra_sizes())
-        self.obs_size = self.obs_sizes[0]  # of the controlled agents
         self.agent_pos = torch.zeros(num_envs, n, 2, device=self.device, dtype=dtype)
         self.agent_vel = torch.zeros_like(self.agent_pos)
         self.landmark_pos = torch.zeros(num_envs, m, 2, device=self.device, dtype=dtype)
@@ -285,6 +283,46 @@ class ParticleEnv:
     def score(self, rewards: Tensor) -> Tensor:
         """Step rewards [..., n] -> the team's [...]: the controlled agents' mean, whose sum is an episode's return."""
         return rewards[..., : self.spec.num_controlled].mean(-1)
+
+
+class TeamEnv:
+    """The controlled agents' side of a ParticleEnv: a frozen prey, where the scenario has one, is part of the world.
+
+    `MujocoEnv` has the same interface: n agents of one observation size d and one action size A, E worlds.
+
+        obs = env.reset()                                   # [E, n, d]
+        obs, rewards, terminated = env.step(actions)        # actions [E, n, A]; [E, n, d], [E, n], [E] bool
+
+    Args:
+        prey: maps the prey's observations [E, d'] to its actions [E, 2]; needed where the scenario has a prey.
+        The other arguments are those of ParticleEnv.
+    """
+
+    action_size, episode_steps, state = 2, EPISODE_STEPS, None
+
+    def __init__(self, scenario, num_envs, shift=None, device="cpu", seed=0, prey=None):
+        self.world, self.prey = ParticleEnv(scenario, num_envs, shift, device, seed=seed), prey
+        spec = self.world.spec
+        self.num_envs, self.num_agents, self.obs_size = num_envs, spec.num_controlled, self.world.obs_sizes[0]
+        self.agents, self.device = spec.agents[: spec.num_controlled], self.world.device
+        self.terminated = torch.zeros(num_envs, dtype=torch.bool, device=self.device)  # nothing ever terminates
+
+    def reset(self) -> Tensor:
+        """Start a new episode in every world. Returns obs [E, n, d]."""
+        self._obs = self.world.reset()
+        return torch.stack(self._obs[: self.num_agents], 1)
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Advance every world by one step. Returns obs [E, n, d], rewards [E, n], terminated [E]."""
+        n = self.num_agents
+        if self.world.num_agents > n:
+            actions = torch.cat([actions, self.prey(self._obs[n])[:, None]], 1)
+        self._obs, rewards = self.world.step(actions)
+        return torch.stack(self._obs[:n], 1), rewards[:, :n], self.terminated
+
+    def render(self, index: int = 0) -> np.ndarray:
+        """World `index` as an image, uint8 [300, 300, 3]."""
+        return draw(self.world, index, 300)
 
 
 COLORS = {  # RGBA; agents are translucent, so that overlaps and the landmarks below them show

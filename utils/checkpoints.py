@@ -1,0 +1,94 @@
+"""Run folders and checkpoints: made once, locked while a process trains in them, restored bit for bit."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from utils.program import UserError, load_torch
+
+
+def new_run_dir(args, algorithm_name: str) -> Path:
+    """Make and return a folder that no other run has, also when two start in the same second."""
+    name = f"{algorithm_name}-{args.scenario}-{args.dataset}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
+        path = Path(args.run_dir) / (name + suffix)
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"--run-dir {args.run_dir}: {error.strerror}; choose another folder") from None
+    raise UserError(f"--run-dir {args.run_dir}: holds too many runs of this second")
+
+
+@contextmanager
+def locked(path: Path):
+    """Within the context no other process can train in the run folder; the lock ends with the process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    lock = FileLock(path / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{path}: another process is training it; wait until it ends, or stop it") from None
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        print(f"warning: {path}: no lock ({error}); do not train this run twice at the same time", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def load_checkpoint(path: str | Path, algorithm) -> tuple:
+    """Options and contents of a run folder's checkpoint, or of the one before it if the newest cannot be read.
+
+    Raises:
+        UserError: there is none, or it is damaged or another program's.
+    """
+    newest, previous = Path(path) / "checkpoint.pt", Path(path) / "checkpoint-previous.pt"
+    try:
+        checkpoint = load_torch(newest)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        checkpoint = load_torch(previous)
+        os.replace(previous, newest)
+        print(f"warning: {error}; using the one before", file=sys.stderr)
+    try:
+        if not {"updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"} <= checkpoint.keys():
+            raise KeyError
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
+        return algorithm.Args(**options), checkpoint
+    except (KeyError, TypeError, AttributeError, UserError):
+        raise UserError(f"{newest}: not a checkpoint of this script; give a run folder that it wrote") from None
+
+
+def restore(learners, optimizers: dict, checkpoint: dict, path: str | Path) -> None:
+    """Load parameters and optimiser states. Learning rates and what a device needs stay those of `optimizers`."""
+    try:
+        learners.load_state_dict(checkpoint["learners"])
+        for name, optimizer in optimizers.items():
+            own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(checkpoint["optimizers"][name])
+            for group, values in zip(optimizer.param_groups, own, strict=True):
+                group.update(values)
+    except (KeyError, RuntimeError, ValueError):
+        raise UserError(f"{path}/checkpoint.pt: its networks do not fit its options; the file is damaged") from None
+
+
+def finite_state(learners, optimizers: dict, num_learners: int) -> Tensor:
+    """Whether all parameters and optimiser moments of each learner are finite, [L]."""
+    moments = (x for optimizer in optimizers.values() for state in optimizer.state.values() for x in state.values())
+    tensors = (x.detach() for x in (*learners.parameters(), *moments) if x.dim())
+    return torch.stack([x.reshape(num_learners, -1).isfinite().all(1) for x in tensors]).all(0)

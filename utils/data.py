@@ -1,0 +1,76 @@
+"""A dataset as training takes it: made if it is missing, cut to a share, its rewards standardised, on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import collect_datasets
+import common
+from utils.frozen import policy_checksum
+from utils.program import UserError
+
+
+def load_data(args, env, prey: dict | None) -> common.Dataset:
+    """The dataset that `args` names, made first if its folder is missing; trajectories as they are, none replicated.
+
+    Args:
+        args: options of a run. prey: parameters of the frozen prey, or None.
+
+    Raises:
+        UserError: it is damaged, was made with another prey, or cannot be made.
+    """
+    task = common.task_name(args)
+    folder = common.dataset_path(args.data_dir, task, args.dataset).parent
+    if not folder.exists():
+        print(f"{folder}: no such dataset, making it")
+        try:
+            with torch.random.fork_rng():  # so that this run equals the next one, which finds the dataset made
+                collect_datasets.collect(task, args.dataset, data_dir=args.data_dir)
+        except UserError:
+            if not folder.exists():  # else another process was faster
+                raise
+    data = common.load_dataset(args.data_dir, task, args.dataset, env)
+    made_with = data.metadata.get("prey_checksum")
+    if prey is not None and made_with not in (None, policy_checksum(prey)):
+        raise UserError(f"{folder}: made with another prey; pass it as --prey, or delete the folder to make it anew")
+    if args.data_fraction < 1:
+        data = take_share(data, args.data_fraction)
+    reward = data.reward if args.raw_rewards else standardise(data.reward, data.done)
+    data = data._replace(reward=reward * args.reward_scale)
+    return data._replace(**{name: x.to(env.device) for name, x in data._asdict().items() if isinstance(x, Tensor)})
+
+
+def take_share(data: common.Dataset, share: float) -> common.Dataset:
+    """A random share of the trajectories, at least one."""
+    kept = torch.randperm(len(data.returns))[: max(1, round(share * len(data.returns)))]
+    rows, lengths = common.rows_of(data.starts[kept], data.lengths[kept]), data.lengths[kept]
+    columns = {name: getattr(data, name)[:, rows] for name in ("obs", "action", "reward", "next_obs", "done")}
+    return common.Dataset(
+        **columns,
+        starts=lengths.cumsum(0) - lengths,
+        lengths=lengths,
+        returns=data.returns[kept],
+        metadata=data.metadata,
+    )
+
+
+def standardise(reward: Tensor, done: Tensor) -> Tensor:
+    """Rewards [n, T] to standard deviation 1 over the dataset and, without terminal states, mean 0.
+
+    Without terminal states a constant added to every reward adds the same to every Q-value: no policy gains by it, but
+    the critics need not learn a large offset, and E[abs(Q)], Eq. 5's normaliser, measures how much states differ.
+    """
+    mean, std = reward.double().mean(), reward.double().std()
+    return (reward - mean.float() * (1 - done.amax())) / std.clamp(min=1e-8).float()
+
+
+def statistics(data: common.Dataset) -> dict:
+    """Mean, standard deviation and maximum of the trajectories' returns, and the number of transitions."""
+    returns = data.returns.cpu()
+    return {
+        "mean": returns.mean().item(),
+        "std": returns.std(correction=0).item(),
+        "max": returns.max().item(),
+        "transitions": data.obs.shape[1],
+    }

@@ -1,0 +1,132 @@
+"""Options of a script: groups of fields with rules, each group a box of its own in --help."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, make_dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+from utils.program import UserError
+
+
+class Rule(NamedTuple):
+    """What an option may be: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Rule("at least 1", lambda x: x >= 1)]
+Weight = Annotated[float, Rule("finite and not negative", lambda x: 0 <= x < float("inf"))]
+Share = Annotated[float, Rule("in (0, 1]", lambda x: 0 < x <= 1)]
+Discount = Annotated[float, Rule("in [0, 1)", lambda x: 0 <= x < 1)]
+Widths = Annotated[tuple[int, ...], Rule("at least one width, each at least 1", lambda x: len(x) > 0 and min(x) >= 1)]
+Quantiles = Annotated[tuple[float, ...], Rule("numbers in [0, 1]", lambda x: all(0 <= q <= 1 for q in x))]
+Thresholds = Annotated[tuple[float, ...] | None, Rule("numbers", lambda x: x is None or all(r == r for r in x))]
+DatasetName = Literal["random", "random-medium", "medium-replay", "medium", "medium-expert", "expert"]
+Seed = Annotated[int, Rule("from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)]
+
+
+class Options:
+    """Base class of option groups: dataclasses whose fields are checked when they are made."""
+
+    def __post_init__(self):
+        """Raise a UserError at the first option that breaks the rule or is none of the choices in its annotation."""
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            choices = hint.__args__[0] if typing.get_origin(hint) is tuple else hint
+            if typing.get_origin(choices) is Literal:
+                for one in value if isinstance(value, tuple) else (value,):
+                    if one not in typing.get_args(choices):
+                        known = ", ".join(typing.get_args(choices))
+                        raise UserError(f"{option} {one}: unknown; choose one of {known}")
+            for rule in getattr(hint, "__metadata__", ()):
+                if isinstance(rule, Rule) and not rule.holds(value):
+                    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                    raise UserError(f"{option} {shown}: must be {rule.words}")
+
+
+@dataclass
+class DataArgs(Options):
+    """What to learn from."""
+
+    scenario: str = "simple_tag"
+    """the task"""
+    dataset: DatasetName = "random"
+    """quality of the dataset"""
+    data_dir: str = "datasets"
+    """folder of the datasets; one that is missing there is made first"""
+    data_fraction: Share = 1.0
+    """share of the dataset's trajectories to learn from"""
+    augment: bool = True
+    """replicate high-return trajectories (Algorithm 1)"""
+    quantiles: Quantiles = (0.5, 0.75, 0.9, 0.95, 0.99)
+    """quantiles of the dataset's returns that are Algorithm 1's thresholds r_th"""
+    thresholds: Thresholds = None
+    """thresholds r_th as returns, instead of --quantiles"""
+    raw_rewards: bool = False
+    """keep the rewards as they are instead of standardising them over the dataset (mean 0, standard deviation 1)"""
+    reward_scale: Weight = 1.0
+    """factor on the (standardised) rewards"""
+
+
+@dataclass
+class TrainingArgs(Options):
+    """How to learn. Defaults that depend on the dataset are shown for --scenario and --dataset as given."""
+
+    seed: Seed = 0
+    """seed of the first run, and of everything random"""
+    num_seeds: Count = 1
+    """independent runs S, trained side by side in one program"""
+    updates: Count = 3_000
+    """gradient steps T of Algorithm 2"""
+    batch_size: Count = 256
+    """transitions per learner and update"""
+
+
+@dataclass
+class EvaluationArgs(Options):
+    """How to measure."""
+
+    eval_interval: Count = 1_000
+    """updates between evaluations in the standard environment"""
+    eval_episodes: Count = 1_000
+    """episodes per seed of every evaluation"""
+    shift: tuple[str, ...] = ("speed",)
+    """shifted environments of the final evaluation"""
+
+
+@dataclass
+class RunArgs(Options):
+    """Where and how to run."""
+
+    cuda: bool = True
+    """use a GPU when there is one"""
+    compile: bool = False
+    """compile the update: a CUDA graph on a GPU; torch.compile on a CPU, which takes minutes to start"""
+    bf16: bool = False
+    """compute the update in bfloat16 where that is safe (autocast); float32 otherwise"""
+    run_dir: str = "runs"
+    """folder in which this run's folder is made"""
+    resume: str | None = None
+    """run folder to continue from its checkpoint; --updates and the learning rates may be changed"""
+    eval_only: str | None = None
+    """run folder whose checkpoint to evaluate without training"""
+    capture_video: bool = False
+    """write a GIF of the trained policy to the run folder"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+
+
+def parse_groups(default, description: str, words: list[str] | None = None):
+    """Options from the command line, on top of those of the instance `default` of a class that inherits from groups."""
+    import tyro  # only programs need it
+
+    groups, values = {}, asdict(default)
+    for group in type(default).__bases__:
+        groups[group.__name__.removesuffix("Args").lower()] = group(**{f.name: values[f.name] for f in fields(group)})
+    Boxes = make_dataclass("Boxes", [(name, type(group)) for name, group in groups.items()])
+    config = (tyro.conf.OmitArgPrefixes,)
+    given = tyro.cli(Boxes, default=Boxes(**groups), args=words, description=description, config=config)
+    return type(default)(**{k: v for group in vars(given).values() for k, v in vars(group).items()})
