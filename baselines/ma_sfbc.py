@@ -1,6 +1,6 @@
 """MA-SfBC: SfBC (Chen et al. 2023) for every agent by itself: a diffusion policy clones the data, Q chooses.
 
-    behaviour      a noise network predicts the noise at any time in (1e-5, 1): dom2_mpe.diffusion_loss
+    behaviour      a noise network predicts the noise at any time in (1e-5, 1): diffusion_loss in dom2_mpe.py
     value          V(o) = sum_k softmax_k(alpha Q(o, a_k)) Q(o, a_k), a_k actions of the behaviour
     planning       R_t = r_t + gamma max(R_{t+1}, V(o_{t+1})), backwards along a trajectory of the data
     critic_loss    (Q(o_t, a_t) - R_t)^2: in-sample planning
@@ -26,11 +26,10 @@ What differs from the original:
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -39,88 +38,99 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
-import common
-from baselines.ma_bc import MLP, RunArgs, adam, family, resolve_by
-from dom2_mpe import NOISE_NETS, DiffusionPolicy, NoiseSchedule, diffusion_loss, soft_update
-
-
-@dataclass
-class Args(RunArgs):
-    """Options of MA-SfBC."""
-
-    reward_scale: float | None = None
-    """factor on the standardised rewards; by default one that gives returns a spread of about 1, as alpha expects"""
-    actor_lr: float = 2e-3
-    """Adam's learning rate of the behaviour policies"""
-    critic_lr: float = 1e-3
-    """Adam's learning rate of the critics"""
-    noise_net: str = "mlp"
-    """mlp, or residual (Figure 8, after the original)"""
-    widths: tuple[int, ...] = (128, 128, 128)
-    """widths of the noise network's layers; of its downward half for residual"""
-    critic_widths: tuple[int, ...] = (256, 256)
-    """widths of the critics' hidden layers"""
-    gamma: float | None = None
-    """discount factor; the 25-step limit is not a terminal state"""
-    rho: float = 0.01
-    """the critic that plans moves by this share of the difference each update"""
-    window: int = 25
-    """consecutive steps to plan over; a minibatch is batch_size // window of these windows"""
-    plan_windows: int = 4
-    """windows of a minibatch that the critic learns from; the behaviour learns from all"""
-    alpha: float = 20.0
-    """how strongly V prefers candidates of high Q"""
-    plan_candidates: int = 8
-    """behaviour actions per observation in planning"""
-    eval_alpha: float | None = None
-    """how strongly the acting policy prefers candidates of high Q; default: 100 on random data, 10 on others"""
-    eval_candidates: int = 8
-    """behaviour actions per decision of the acting policy"""
-    diffusion_steps: int = 5
-    """denoising steps"""
-    beta_min: float = 0.1
-    """noise schedule: beta at diffusion time 0"""
-    beta_max: float = 20.0
-    """noise schedule: beta at diffusion time 1"""
-    bf16: bool = field(default_factory=common.has_bf16)
-    """the noise network's hidden layers compute in bfloat16, by default where the hardware does"""
-
-
-SETTINGS = {
-    "particles": {"updates": 4_000, "gamma": 0.95, "reward_scale": 0.2, "batch_size": 256, "eval_interval": 2_000},
-    "robots": {"updates": 10_000, "gamma": 0.99, "reward_scale": 0.05, "batch_size": 256},
-}
-BY_DATA = {"eval_alpha": (100.0, 10.0, 10.0, 10.0, 10.0, 10.0)}  # for each of common.DATASETS
-RULES = (
-    (("window", "plan_windows", "plan_candidates"), "at least 1", lambda x: x >= 1),
-    (("alpha", "eval_alpha"), "finite and not negative", lambda x: 0 <= x < math.inf),
+from baselines import shared
+from baselines.shared import MLP, SCENARIOS, options, settings_table
+from dom2_mpe import (
+    NOISE_NETS,
+    Algorithm,
+    DiffusionPolicy,
+    NoiseSchedule,
+    UserError,
+    adam,
+    diffusion_loss,
+    gradient_step,
+    parse,
+    program,
+    q_of_candidates,
+    soft_update,
+    train,
 )
 
 
-def resolve(args: Args) -> Args:
-    """Fill the options left open from SETTINGS and check all of them; raises UserError."""
-    common.check_choice("--noise-net", args.noise_net, NOISE_NETS)
-    args = resolve_by(args, SETTINGS, {args.scenario: BY_DATA}, RULES)
-    if args.beta_min >= args.beta_max:
-        raise common.UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")
-    if args.batch_size < args.window:
-        raise common.UserError(f"--batch-size {args.batch_size}: must hold at least one --window of {args.window}")
-    return args
+@dataclass
+class TrainingArgs(options.TrainingArgs):
+    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+
+    actor_lr: options.Share = 2e-3
+    """Adam's learning rate of the behaviour policies"""
+    critic_lr: options.Share = 1e-3
+    """Adam's learning rate of the critics"""
+    gamma: options.Discount = 0.95
+    """discount factor; the time limit is not a terminal state"""
+    rho: options.Share = 0.01
+    """the critic that plans moves by this share of the difference each update"""
+    window: options.Count = 25
+    """consecutive steps to plan over; a minibatch is batch_size // window of these windows"""
+    plan_windows: options.Count = 4
+    """windows of a minibatch that the critic learns from; the behaviour learns from all"""
+    alpha: options.Weight = 20.0
+    """how strongly V prefers candidates of high Q"""
+    plan_candidates: options.Count = 8
+    """behaviour actions per observation in planning"""
 
 
-def algorithm_name(args: Args) -> str:
-    return "ma_sfbc"
+@dataclass
+class NetworkArgs(options.Options):
+    """The behaviour policies and the critics."""
+
+    noise_net: Literal["mlp", "residual"] = "mlp"
+    """mlp, or residual (Figure 8, after the original)"""
+    widths: options.Widths = (128, 128, 128)
+    """widths of the noise network's layers; of its downward half for residual"""
+    critic_widths: options.Widths = (256, 256)
+    """widths of the critics' hidden layers"""
+    diffusion_steps: options.Count = 5
+    """denoising steps"""
+    beta_max: options.Weight = 20.0
+    """noise schedule: beta at diffusion time 1; at time 0 it is 0.1"""
+
+
+@dataclass
+class EvaluationArgs(options.EvaluationArgs):
+    """How to measure."""
+
+    eval_alpha: options.Weight = 10.0
+    """how strongly the acting policy prefers candidates of high Q"""
+    eval_candidates: options.Count = 8
+    """behaviour actions per decision of the acting policy"""
+
+
+@dataclass
+class Args(shared.DataArgs, TrainingArgs, NetworkArgs, EvaluationArgs, options.RunArgs):
+    """All options of MA-SfBC."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < self.window:
+            raise UserError(f"--batch-size {self.batch_size}: must hold at least one --window of {self.window}")
+
+
+# reward_scale gives returns a spread of about 1, as alpha expects.
+SETTINGS = settings_table(
+    particles=dict(updates=4_000, gamma=0.95, reward_scale=0.2, batch_size=256, eval_interval=2_000),
+    mujoco=dict(updates=10_000, gamma=0.99, reward_scale=0.05, batch_size=256),
+    rows={scenario: {"random": dict(eval_alpha=100.0)} for scenario in (*SCENARIOS, "HalfCheetah")},
+)
 
 
 class Critic(MLP):
-    """Q of every learner: obs [L, B, d], actions [L, B, K, A] -> [L, B, K]."""
+    """Q of every learner: obs [L, B, d], action [L, B, A] -> [L, B]."""
 
     def __init__(self, num_learners: int, obs_size: int, action_size: int, widths):
         super().__init__(num_learners, [obs_size + action_size, *widths, 1], F.silu)
 
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        x = torch.cat([obs[:, :, None].expand(-1, -1, actions.shape[2], -1), actions], -1)
-        return super().forward(x.flatten(1, 2)).view(actions.shape[:3])
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return super().forward(torch.cat([obs, action], -1))[..., 0]
 
 
 class Batch(NamedTuple):
@@ -163,10 +173,10 @@ def critic_loss(critic, target_critic, policy, batch: Batch, window: int, gamma:
     batch = Batch(*(x[:, : batch.plan_noise.shape[1]] for x in batch))
     with torch.no_grad():
         actions = candidates(policy, batch.next_obs, batch.plan_noise)
-        next_value = (1 - batch.done) * value(target_critic(batch.next_obs, actions), alpha)  # [L, B]
+        next_value = (1 - batch.done) * value(q_of_candidates(target_critic, batch.next_obs, actions), alpha)  # [L, B]
         windows = [x.unflatten(1, (-1, window)) for x in (batch.reward, next_value, batch.real)]
         target = planning(*windows, gamma).flatten(1)
-    q = critic(batch.obs, batch.action[:, :, None])[..., 0]
+    q = critic(batch.obs, batch.action)
     loss = (batch.real * (q - target).square()).sum(1) / batch.real.sum(1)
     return loss, {"losses/td": loss.detach(), "charts/q_data": q.detach().mean(1), "charts/value": next_value.mean(1)}
 
@@ -178,40 +188,40 @@ def choose(q: Tensor, actions: Tensor, alpha: float, generator=None) -> Tensor:
     return actions.take_along_dim(index, -2).squeeze(-2)
 
 
-def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
-    sizes = num_learners, obs_size, action_size
-    net = NOISE_NETS[args.noise_net](*sizes, args.widths, torch.bfloat16 if args.bf16 else None)
-    schedule = NoiseSchedule(args.beta_min, args.beta_max)
+def make_learners(args: Args, env) -> nn.ModuleDict:
+    """Behaviour policies, critics and the critics' target copies, with a leading learner axis."""
+    sizes = args.num_seeds * env.num_agents, env.obs_size, env.action_size
+    net, schedule = NOISE_NETS[args.noise_net](*sizes, args.widths), NoiseSchedule(beta_max=args.beta_max)
     learners = {"policy": DiffusionPolicy(net, schedule, args.diffusion_steps, "noise")}
     learners |= {name: Critic(*sizes, args.critic_widths) for name in ("critic", "target_critic")}
     learners["target_critic"].load_state_dict(learners["critic"].state_dict())
     learners["target_critic"].requires_grad_(False)
-    return nn.ModuleDict(learners).to(device)
+    return nn.ModuleDict(learners).to(env.device)
 
 
 def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
     return adam(learners, policy=args.actor_lr, critic=args.critic_lr)
 
 
-def sample_batch(data, args: Args, num_learners: int) -> Batch:
+def sample_batch(data, args: Args) -> Batch:
     """Windows for all learners, and the random numbers of their update."""
-    n, T, W = data.rows.shape
-    L, M, H, d, device = num_learners, args.batch_size // args.window, args.window, data.obs_size, data.rows.device
+    (n, _, A), device = data.action.shape, data.obs.device
+    L, M, H = args.num_seeds * n, args.batch_size // args.window, args.window
     episode = data.episodes[torch.randint(len(data.episodes), (L, M, 1), device=device)]
     length = data.lengths[episode]
     offset = (torch.rand(L, M, 1, device=device) * (length - H + 1).clamp(min=1)).long()
     step = offset + torch.arange(H, device=device)  # [L, M, H]
-    agent = torch.arange(L, device=device)[:, None, None] % n
-    row = agent * T + data.starts[episode] + torch.minimum(step, length - 1)
-    rows = data.rows.view(n * T, W).index_select(0, row.flatten()).view(L, M * H, W)
-    obs, action, reward, next_obs, done = rows.split([d, W - 2 * d - 2, 1, d, 1], -1)
-    B, A = M * H, action.shape[-1]
+    row = (data.starts[episode] + torch.minimum(step, length - 1)).flatten(1)  # [L, M * H]
+    agent = torch.arange(L, device=device)[:, None] % n
+    columns = (data.obs, data.action, data.reward, data.next_obs, data.done)
+    obs, action, reward, next_obs, done = (x[agent, row] for x in columns)
+    B = M * H
     return Batch(
         obs=obs,
         action=action,
-        reward=reward[..., 0],
+        reward=reward,
         next_obs=next_obs,
-        done=done[..., 0],
+        done=done,
         real=(step < length).flatten(1).to(obs.dtype),
         tau=1e-5 + (1 - 1e-5) * torch.rand(L, B, device=device),
         eps=torch.randn(L, B, A, device=device),
@@ -223,15 +233,11 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
     """One step of all behaviour policies and critics. Returns metrics, each [L]."""
     policy, critic, target_critic = (learners[name] for name in ("policy", "critic", "target_critic"))
     loss, metrics = critic_loss(critic, target_critic, policy, batch, args.window, args.gamma, args.alpha)
-    optimizers["critic"].zero_grad()
-    loss.sum().backward()
-    optimizers["critic"].step()
+    gradient_step(learners, optimizers, "critic", loss, max_norm=0)
     soft_update(target_critic, critic, args.rho)
 
     loss = diffusion_loss(policy, batch)
-    optimizers["policy"].zero_grad()
-    loss.sum().backward()
-    optimizers["policy"].step()
+    gradient_step(learners, optimizers, "policy", loss, max_norm=0)
     return metrics | {"losses/diffusion": loss.detach()}
 
 
@@ -241,13 +247,11 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
     A = learners["critic"].layers[0].weight.shape[1] - obs.shape[-1]
     noise = torch.randn(*obs.shape[:2], args.eval_candidates, A, generator=generator, device=obs.device)
     actions = candidates(learners["policy"], obs, noise)
-    return choose(learners["critic"](obs, actions), actions, args.eval_alpha, generator)
+    return choose(q_of_candidates(learners["critic"], obs, actions), actions, args.eval_alpha, generator)
 
 
-def main() -> None:
-    args = common.parse(Args, __doc__)
-    family(args).train(args, sys.modules[__name__])
+MA_SFBC = Algorithm("ma_sfbc", Args, SETTINGS, make_learners, make_optimizers, sample_batch, update, act)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program(lambda: train(parse(MA_SFBC, __doc__), MA_SFBC))

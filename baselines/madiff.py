@@ -23,11 +23,10 @@ own. What differs from the original, most of it to train in minutes on a CPU:
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -36,69 +35,72 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
-import common
-from baselines.ma_bc import ObservationNorm, Policy, RunArgs, adam, family, resolve_by
-from dom2_mpe import NoiseSchedule, StackedLinear, TimeFeatures, dpm_solver
-from particle_env import SCENARIOS
+from baselines import shared
+from baselines.shared import ObservationNorm, Policy, options, settings_table
+from dom2_mpe import (
+    Algorithm,
+    NoiseSchedule,
+    StackedLinear,
+    TimeFeatures,
+    adam,
+    dpm_solver,
+    gradient_step,
+    parse,
+    program,
+    train,
+)
+
+Fraction = Annotated[float, options.Rule("in [0, 1]", lambda x: 0 <= x <= 1)]
 
 
 @dataclass
-class Args(RunArgs):
-    """Options of MADiff-D."""
+class TrainingArgs(options.TrainingArgs):
+    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
 
-    batch_size: int | None = None
+    batch_size: Annotated[int, options.Rule("at least 2", lambda x: x >= 2)] = 32  # returns are ranked among them
     """windows per seed and update"""
-    lr: float = 1e-3
+    lr: options.Share = 1e-3
     """Adam's learning rate"""
-    horizon: int = 8
+    horizon: Annotated[int, options.Rule("at least 2", lambda x: x >= 2)] = 8
     """observations in a window and in a plan"""
-    width: int = 64
-    """width of the denoiser"""
-    num_blocks: int = 3
-    """blocks of convolution and attention"""
-    inverse_widths: tuple[int, ...] = (256, 256)
-    """widths of the inverse dynamics' hidden layers"""
-    return_dropout: float = 0.25
+    return_dropout: Fraction = 0.25
     """share of the windows that are learned without their return"""
-    target_return: float = 0.9
-    """return that the acting policy asks for, as a rank among the data's"""
-    guidance: float = 1.2
-    """weight of the return in plans; 0: none, 1: no more than learned"""
-    diffusion_steps: int = 3
+
+
+@dataclass
+class NetworkArgs(options.Options):
+    """The denoiser and the inverse dynamics."""
+
+    width: Annotated[int, options.Rule("at least 4", lambda x: x >= 4)] = 64
+    """width of the denoiser"""
+    num_blocks: options.Count = 3
+    """blocks of convolution and attention"""
+    inverse_widths: options.Widths = (256, 256)
+    """widths of the inverse dynamics' hidden layers"""
+    diffusion_steps: options.Count = 3
     """denoising steps"""
-    beta_min: float = 0.1
-    """noise schedule: beta at diffusion time 0"""
-    beta_max: float = 20.0
-    """noise schedule: beta at diffusion time 1"""
-    bf16: bool = field(default_factory=common.has_bf16)
-    """the denoiser's blocks compute in bfloat16, by default where the hardware does"""
+    beta_max: options.Weight = 20.0
+    """noise schedule: beta at diffusion time 1; at time 0 it is 0.1"""
 
 
-SETTINGS = {
-    "particles": {"updates": 10_000, "batch_size": 32, "eval_interval": 10_000},
-    "robots": {"updates": 100_000, "batch_size": 32, "eval_interval": 50_000},
-}
-RULES = (
-    (("horizon",), "at least 2", lambda x: x >= 2),
-    (("width",), "at least 4", lambda x: x >= 4),
-    (("num_blocks",), "at least 1", lambda x: x >= 1),
-    (("inverse_widths",), "at least one width, each at least 1", lambda x: x and min(x) >= 1),
-    (("return_dropout", "target_return"), "in [0, 1]", lambda x: 0 <= x <= 1),
-    (("guidance",), "finite and not negative", lambda x: 0 <= x < math.inf),
-    (("batch_size",), "at least 2", lambda x: x >= 2),  # returns are ranked among them
+@dataclass
+class EvaluationArgs(options.EvaluationArgs):
+    """How to measure."""
+
+    target_return: Fraction = 0.9
+    """return that the acting policy asks for, as a rank among the dataset's"""
+    guidance: options.Weight = 1.2
+    """weight of the return in plans; 0: none, 1: no more than learned"""
+
+
+@dataclass
+class Args(shared.DataArgs, TrainingArgs, NetworkArgs, EvaluationArgs, options.RunArgs):
+    """All options of MADiff-D."""
+
+
+SETTINGS = settings_table(
+    particles=dict(updates=10_000, eval_interval=10_000), mujoco=dict(updates=100_000, eval_interval=50_000), rows={}
 )
-
-
-def resolve(args: Args) -> Args:
-    """Fill the options left open from SETTINGS and check all of them; raises UserError."""
-    args = resolve_by(args, SETTINGS, {}, RULES)
-    if args.beta_min >= args.beta_max:
-        raise common.UserError(f"--beta-max {args.beta_max}: must be above --beta-min {args.beta_min}")
-    return args
-
-
-def algorithm_name(args: Args) -> str:
-    return "madiff"
 
 
 class Block(nn.Module):
@@ -131,10 +133,10 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     """Clean joint trajectories from noisy ones. L learners: n agents of S seeds, seed-major."""
 
-    def __init__(self, num_learners: int, num_agents: int, obs_size: int, width: int, num_blocks: int, precision=None):
+    def __init__(self, num_learners: int, num_agents: int, obs_size: int, width: int, num_blocks: int):
         super().__init__()
         L = num_learners
-        self.num_agents, self.precision = num_agents, precision
+        self.num_agents = num_agents
         self.time = TimeFeatures(L)
         self.time_in = StackedLinear(L, 32, width)
         self.return_in = StackedLinear(L, 2, width)
@@ -154,11 +156,11 @@ class Denoiser(nn.Module):
         if not isinstance(t, Tensor):
             t = torch.full((1, 1), t, device=x.device)
         returns = self.return_in(torch.stack([rank * guided, guided], -1))
-        condition = F.silu(self.time_in(self.time(t)) + returns).to(dtype=self.precision)  # [L, B, C]
-        h = self.x_in(torch.cat([x, known], -1).flatten(1, 2)).view(L, B, H, -1).to(dtype=self.precision)
+        condition = F.silu(self.time_in(self.time(t)) + returns)  # [L, B, C]
+        h = self.x_in(torch.cat([x, known], -1).flatten(1, 2)).view(L, B, H, -1)
         for block in self.blocks:
             h = block(h, condition)
-        return self.x_out(F.silu(h).flatten(1, 2).to(x.dtype)).view(x.shape)
+        return self.x_out(F.silu(h).flatten(1, 2)).view(x.shape)
 
 
 class Batch(NamedTuple):
@@ -220,36 +222,33 @@ def plan(denoiser, schedule, first: Tensor, ego: Tensor, noise: Tensor, target: 
     return torch.lerp(dpm_solver(noise_fn, noise, schedule, num_steps), given, known)
 
 
-def make_learners(args: Args, num_learners: int, obs_size: int, action_size: int, device) -> nn.ModuleDict:
-    if args.scenario in SCENARIOS:
-        num_agents = SCENARIOS[args.scenario].num_controlled
-    else:
-        num_agents = int((args.agent_conf or "2x3").split("x")[0])
-    precision = torch.bfloat16 if args.bf16 else None
+def make_learners(args: Args, env) -> nn.ModuleDict:
+    """Observation moments, joint denoisers and inverse dynamics, with a leading learner axis."""
+    n, L = env.num_agents, args.num_seeds * env.num_agents
     learners = {
-        "norm": ObservationNorm(num_learners, obs_size),
-        "denoiser": Denoiser(num_learners, num_agents, obs_size, args.width, args.num_blocks, precision),
-        "inverse": Policy(num_learners, 2 * obs_size, action_size, args.inverse_widths),
+        "norm": ObservationNorm(L, env.obs_size),
+        "denoiser": Denoiser(L, n, env.obs_size, args.width, args.num_blocks),
+        "inverse": Policy(L, 2 * env.obs_size, env.action_size, args.inverse_widths),
     }
-    return nn.ModuleDict(learners).to(device)
+    return nn.ModuleDict(learners).to(env.device)
 
 
 def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
     return adam(learners, denoiser=args.lr, inverse=args.lr)
 
 
-def sample_batch(data, args: Args, num_learners: int) -> Batch:
+def sample_batch(data, args: Args) -> Batch:
     """Windows for all seeds, and the random numbers of their update."""
-    (n, _, W), device = data.rows.shape, data.rows.device
-    S, B, H, d = num_learners // n, args.batch_size, args.horizon, data.obs_size
+    (n, _, d), device = data.obs.shape, data.obs.device
+    S, B, H = args.num_seeds, args.batch_size, args.horizon
     episode = data.episodes[torch.randint(len(data.episodes), (S, B, 1), device=device)]
     length = data.lengths[episode]
     step = (torch.rand(S, B, 1, device=device) * length).long() + torch.arange(H, device=device)
-    real = (step < length)[:, None].to(data.rows.dtype)  # [S, 1, B, H]
-    row = (data.starts[episode] + torch.minimum(step, length - 1)).flatten()
-    rows = data.rows[:, row].view(n, S, B, H, W).transpose(0, 1)  # [S, n, B, H, W]
-    obs, action, reward, next_obs, _ = rows.split([d, W - 2 * d - 2, 1, d, 1], -1)
-    mean_reward = (real * reward[..., 0]).sum(-1) / real.sum(-1)  # [S, n, B]
+    real = (step < length)[:, None].to(data.obs.dtype)  # [S, 1, B, H]
+    row = data.starts[episode] + torch.minimum(step, length - 1)  # [S, B, H]
+    columns = (data.obs, data.action, data.reward, data.next_obs)
+    obs, action, reward, next_obs = (x[:, row].transpose(0, 1) for x in columns)  # [S, n, B, H, ...]
+    mean_reward = (real * reward).sum(-1) / real.sum(-1)  # [S, n, B]
     ego = F.one_hot(torch.randint(n, (S, B), device=device), n).transpose(1, 2)
     guided = (torch.rand(S, 1, B, device=device) >= args.return_dropout).expand(S, n, B)
     return Batch(
@@ -257,8 +256,8 @@ def sample_batch(data, args: Args, num_learners: int) -> Batch:
         action=action[:, :, :, 0].flatten(0, 1),
         next_obs=next_obs[:, :, :, 0].flatten(0, 1),
         rank=(mean_reward.argsort(-1).argsort(-1) / (B - 1)).flatten(0, 1),
-        guided=guided.flatten(0, 1).to(rows.dtype),
-        ego=ego.flatten(0, 1).to(rows.dtype),
+        guided=guided.flatten(0, 1).to(obs.dtype),
+        ego=ego.flatten(0, 1).to(obs.dtype),
         tau=1e-3 + (1 - 1e-3) * torch.rand(S, 1, B, device=device).expand(S, n, B).flatten(0, 1),
         eps=torch.randn(S * n, B, H, d, device=device),
     )
@@ -271,13 +270,11 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
     obs = norm(batch.obs.flatten(1, 2)).view(batch.obs.shape)
     batch = batch._replace(obs=obs, next_obs=norm(batch.next_obs))
     losses = {
-        "denoiser": trajectory_loss(learners["denoiser"], NoiseSchedule(args.beta_min, args.beta_max), batch),
+        "denoiser": trajectory_loss(learners["denoiser"], NoiseSchedule(beta_max=args.beta_max), batch),
         "inverse": inverse_loss(learners["inverse"], batch),
     }
     for name, loss in losses.items():
-        optimizers[name].zero_grad()
-        loss.sum().backward()
-        optimizers[name].step()
+        gradient_step(learners, optimizers, name, loss, max_norm=0)
     return {"losses/diffusion": losses["denoiser"].detach(), "losses/inverse": losses["inverse"].detach()}
 
 
@@ -289,17 +286,15 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
     own = torch.eye(n, device=obs.device).repeat(L // n, 1)  # [L, n], which of the n plans is the learner's own
     first = learners["norm"](obs)
     noise = torch.randn(L, n * E, args.horizon, d, generator=generator, device=obs.device)
-    schedule = NoiseSchedule(args.beta_min, args.beta_max)
+    schedule = NoiseSchedule(beta_max=args.beta_max)
     known = first.repeat(1, n, 1), own.repeat_interleave(E, 1)  # plan by plan, in each the E states
     plans = plan(denoiser, schedule, *known, noise, args.target_return, args.guidance, args.diffusion_steps)
     second = plans[:, :, 1].view(L, n, E, d)[torch.arange(L), torch.arange(L) % n]  # of its own in its own plan
     return learners["inverse"](torch.cat([first, second], -1))
 
 
-def main() -> None:
-    args = common.parse(Args, __doc__)
-    family(args).train(args, sys.modules[__name__])
+MADIFF = Algorithm("madiff", Args, SETTINGS, make_learners, make_optimizers, sample_batch, update, act)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program(lambda: train(parse(MADIFF, __doc__), MADIFF))

@@ -5,7 +5,7 @@ actions from a Gaussian that it refits to those of high Q, and draws the policy 
 
     zeroth_order   the sampler, the inner loop of the paper's Algorithm 1
     policy_loss    -(1 - omar_coe) Q1(o, pi(o)) + omar_coe (pi(o) - a_best)^2 + 0.001 pi(o)^2
-    critics        those of MA-CQL, baselines/ma_cql.py, with what is said there
+    critics        those of MA-CQL: cql_loss in baselines/shared.py, with what baselines/ma_cql.py says
 
     python baselines/omar.py --scenario simple_spread --dataset expert
     python baselines/omar.py --help
@@ -13,81 +13,116 @@ actions from a Gaussian that it refits to those of high Q, and draws the policy 
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
-import common
-from baselines import ma_cql
-from baselines.ma_bc import family, resolve_by
-
-
-@dataclass
-class Args(ma_cql.Args):
-    """Options of OMAR: those of MA-CQL and of the sampler."""
-
-    omar_coe: float | None = None
-    """weight of the distance to the best action found, in [0, 1]; the weight of Q is the rest"""
-    omar_iterations: int | None = None
-    """refits of the sampler's Gaussian"""
-    omar_samples: int | None = None
-    """actions in each of them"""
-    omar_elites: int | None = None
-    """best actions to refit to (the cross-entropy method); 0: to all, weighted by softmax(Q)"""
-    omar_sigma: float = 2.0
-    """the Gaussian's first standard deviation"""
-
-
-SETTINGS = {
-    "particles": ma_cql.SETTINGS["particles"] | {"omar_iterations": 3, "omar_samples": 10, "omar_elites": 0},
-    "robots": ma_cql.SETTINGS["robots"] | {"omar_iterations": 2, "omar_samples": 20, "omar_elites": 5},
-}
-# In the order of common.DATASETS; as in ma_cql.py random-medium and medium-expert are their neighbours'.
-OMAR_COE = {
-    "simple_spread": (1.0, 1.0, 1.0, 1.0, 1.0, 1.0),
-    "simple_tag": (0.9, 0.9, 0.9, 0.7, 0.9, 0.9),
-    "simple_world": (1.0, 0.7, 0.7, 0.1, 0.9, 0.9),
-    "HalfCheetah": (1.0, 0.9, 0.9, 0.7, 0.5, 0.5),
-}
-# Published with batch normalisation everywhere. The sampler's actions have the offset and the scale that such a critic
-# cannot tell: left out where it brings more return.
-BATCH_NORM = {
-    "simple_spread": (True, True, True, True, False, True),
-    "simple_tag": (True, True, False, True, False, False),
-    "simple_world": (False, True, False, True, False, False),
-    "HalfCheetah": (True, False, True, True, False, True),
-}
-BY_DATA = {
-    name: ma_cql.BY_DATA[name] | {"omar_coe": OMAR_COE[name], "batch_norm": BATCH_NORM[name]} for name in OMAR_COE
-}
-BY_DATA["landmarks6"] = BY_DATA["simple_spread"]
-RULES = (
-    *ma_cql.RULES,
-    (("omar_coe",), "in [0, 1]", lambda x: 0 <= x <= 1),
-    (("omar_iterations", "omar_samples"), "at least 1", lambda x: x >= 1),
-    (("omar_elites",), "0 or at least 2", lambda x: x == 0 or x >= 2),  # one sample has no standard deviation
-    (("omar_sigma",), "finite and above 0", lambda x: 0 < x < math.inf),
+from baselines import shared
+from baselines.shared import (
+    act,
+    cql_loss,
+    make_actor_critic,
+    make_optimizers,
+    options,
+    sample_cql_batch,
+    settings_table,
+)
+from dom2_mpe import (
+    Algorithm,
+    UserError,
+    gradient_step,
+    parse,
+    program,
+    q_of_candidates,
+    soft_update,
+    train,
 )
 
 
-def resolve(args: Args) -> Args:
-    """Fill the options left open from SETTINGS and BY_DATA and check all of them; raises UserError."""
-    args = resolve_by(args, SETTINGS, BY_DATA, RULES)
-    if args.omar_elites > args.omar_samples:
-        raise common.UserError(f"--omar-elites {args.omar_elites}: must be at most --omar-samples {args.omar_samples}")
-    return args
+@dataclass
+class DataArgs(shared.DataArgs):
+    """What to learn from."""
+
+    raw_rewards: bool = True
+    """keep the rewards as they are, those for which cql_alpha was published"""
 
 
-def algorithm_name(args: Args) -> str:
-    return "omar"
+@dataclass
+class TrainingArgs(shared.CQLArgs):
+    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+
+    omar_coe: Annotated[float, options.Rule("in [0, 1]", lambda x: 0 <= x <= 1)] = 1.0
+    """weight of the distance to the best action found; the weight of Q is the rest"""
+    omar_iterations: options.Count = 3
+    """refits of the sampler's Gaussian"""
+    omar_samples: options.Count = 10
+    """actions in each of them"""
+    omar_elites: Annotated[int, options.Rule("0 or at least 2", lambda x: x == 0 or x >= 2)] = 0
+    """best actions to refit to (the cross-entropy method); 0: to all, weighted by softmax(Q)"""
+    omar_sigma: Annotated[float, options.Rule("finite and above 0", lambda x: 0 < x < float("inf"))] = 2.0
+    """the Gaussian's first standard deviation"""
+
+
+@dataclass
+class Args(DataArgs, TrainingArgs, shared.CQLNetworkArgs, options.EvaluationArgs, options.RunArgs):
+    """All options of OMAR."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.omar_elites > self.omar_samples:
+            raise UserError(f"--omar-elites {self.omar_elites}: must be at most --omar-samples {self.omar_samples}")
+
+
+# As published with OMAR, except: updates on HalfCheetah are DOM2's; random-medium and medium-expert, which were not
+# published, have their neighbours' settings; batch normalisation, under which the critics cannot tell offset and scale
+# of the sampler's actions, is off where that brings more return.
+SETTINGS = settings_table(
+    particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
+    mujoco=dict(updates=10_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)
+    | dict(cql_actions=4, cql_policy_actions=3, omar_iterations=2, omar_samples=20, omar_elites=5),
+    rows={
+        "simple_spread": {
+            "random": dict(updates=6_000, cql_alpha=0.5, omar_coe=1.0),
+            "random-medium": dict(cql_alpha=1.0, omar_coe=1.0),
+            "medium-replay": dict(cql_alpha=1.0, omar_coe=1.0),
+            "medium": dict(cql_alpha=5.0, omar_coe=1.0),
+            "medium-expert": dict(cql_alpha=5.0, omar_coe=1.0, batch_norm=False),
+            "expert": dict(cql_alpha=5.0, omar_coe=1.0),
+        },
+        "simple_tag": {
+            "random": dict(cql_alpha=0.5, omar_coe=0.9),
+            "random-medium": dict(updates=1_000, cql_alpha=0.5, omar_coe=0.9),
+            "medium-replay": dict(updates=1_000, cql_alpha=0.5, omar_coe=0.9, batch_norm=False),
+            "medium": dict(cql_alpha=5.0, omar_coe=0.7),
+            "medium-expert": dict(cql_alpha=5.0, omar_coe=0.9, batch_norm=False),
+            "expert": dict(cql_alpha=5.0, omar_coe=0.9, batch_norm=False),
+        },
+        "simple_world": {
+            "random": dict(updates=1_000, cql_alpha=0.5, omar_coe=1.0, batch_norm=False),
+            "random-medium": dict(updates=1_000, cql_alpha=1.0, omar_coe=0.7),
+            "medium-replay": dict(updates=1_000, cql_alpha=1.0, omar_coe=0.7, batch_norm=False),
+            "medium": dict(updates=1_000, cql_alpha=0.5, omar_coe=0.1),
+            "medium-expert": dict(updates=1_000, cql_alpha=5.0, omar_coe=0.9, batch_norm=False),
+            "expert": dict(updates=1_000, cql_alpha=5.0, omar_coe=0.9, batch_norm=False),
+        },
+        "HalfCheetah": {
+            "random": dict(cql_alpha=1.0, omar_coe=1.0),
+            "random-medium": dict(cql_alpha=5.0, omar_coe=0.9, batch_norm=False),
+            "medium-replay": dict(cql_alpha=5.0, omar_coe=0.9),
+            "medium": dict(cql_alpha=1.0, omar_coe=0.7),
+            "medium-expert": dict(cql_alpha=5.0, omar_coe=0.5, batch_norm=False),
+            "expert": dict(cql_alpha=5.0, omar_coe=0.5),
+        },
+    },
+)
 
 
 class Batch(NamedTuple):
@@ -132,17 +167,16 @@ def zeroth_order(q_fn, noise: Tensor, sigma: float, num_elites: int = 0) -> tupl
     return samples.take_along_dim(best[..., None, None], 2)[:, :, 0], best_q
 
 
-def policy_loss(policy, critic, batch, args):
+def policy_loss(policy, critic, batch: Batch, args: Args):
     """Q and the distance to the best action found, and MA-CQL's penalty: [L], and a dict of metrics [L].
 
     Where the policy's own action has the higher Q, it is its own target.
     """
     action = policy(batch.obs)
-    q = critic.first(batch.obs, action[:, :, None])[..., 0]  # [L, B]
+    q = critic.q1(batch.obs, action)  # [L, B]
     with torch.no_grad():
-        found, found_q = zeroth_order(
-            partial(critic.first, batch.obs), batch.sampler_noise, args.omar_sigma, args.omar_elites
-        )
+        q_fn = partial(q_of_candidates, critic.q1, batch.obs)
+        found, found_q = zeroth_order(q_fn, batch.sampler_noise, args.omar_sigma, args.omar_elites)
         target = torch.where((found_q > q)[..., None], found, action)
     mimic = (action - target).square().mean((1, 2))
     loss = args.omar_coe * mimic - (1 - args.omar_coe) * q.mean(1)
@@ -154,27 +188,29 @@ def policy_loss(policy, critic, batch, args):
     return loss + args.action_penalty * action.square().mean((1, 2)), metrics
 
 
-# the networks, their optimisers and how they act are MA-CQL's
-make_learners, make_optimizers, act = ma_cql.make_learners, ma_cql.make_optimizers, ma_cql.act
-
-
-def sample_batch(data, args: Args, num_learners: int) -> Batch:
+def sample_batch(data, args: Args) -> Batch:
     """Minibatches for all learners, and the random numbers of their update."""
-    batch = ma_cql.sample_batch(data, args, num_learners)
+    batch = sample_cql_batch(data, args)
     L, B, A = batch.action.shape
-    noise = torch.randn(args.omar_iterations, L, B, args.omar_samples, A, device=data.rows.device)
+    noise = torch.randn(args.omar_iterations, L, B, args.omar_samples, A, device=batch.obs.device)
     return Batch(*batch, sampler_noise=noise)
 
 
-def update(learners, optimizers: dict, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """MA-CQL's update with OMAR's loss of the policies. Returns metrics, each [L]."""
-    return ma_cql.update(learners, optimizers, batch, args, policy_loss)
+def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One step of all critics, policies and targets. Returns metrics, each [L]."""
+    policy, critic = learners["policy"], learners["critic"]
+    batch = learners["norm"].standardise(batch)
+    loss, metrics = cql_loss(critic, learners["target_critic"], policy, learners["target_policy"], batch, args)
+    gradient_step(learners, optimizers, "critic", loss, args.max_grad_norm)
+    loss, policy_metrics = policy_loss(policy, critic, batch, args)
+    gradient_step(learners, optimizers, "policy", loss, args.max_grad_norm)
+    for name in ("policy", "critic"):
+        soft_update(learners[f"target_{name}"], learners[name], args.rho)
+    return {**metrics, **policy_metrics, "losses/policy": loss.detach()}
 
 
-def main() -> None:
-    args = common.parse(Args, __doc__)
-    family(args).train(args, sys.modules[__name__])
+OMAR = Algorithm("omar", Args, SETTINGS, make_actor_critic, make_optimizers, sample_batch, update, act)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program(lambda: train(parse(OMAR, __doc__), OMAR))

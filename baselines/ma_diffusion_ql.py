@@ -1,0 +1,150 @@
+"""MA-Diffusion-QL: Diffusion-QL (Wang et al. 2023) for every agent by itself, the algorithm that DOM2 starts from.
+
+    ddpm           ancestral sampling: fresh noise in every denoising step
+    update         DOM2's, with a network that predicts the noise, without conservative term and without augmentation
+
+    python baselines/ma_diffusion_ql.py --scenario simple_tag --dataset random
+    python baselines/ma_diffusion_ql.py --help
+
+Losses, networks, learning rates and updates are DOM2's, so that the two differ in what is named above and nothing else.
+What differs from the original: the noise schedule (beta at time 1 is 10, which leaves as much of the action as theirs),
+the number of updates, SiLU instead of Mish, and acting with one sample where the original takes the best of 50 by Q
+(`--eval-candidates 50`). `--prediction action --augment` gives DOM2 with DDPM in place of DPM-Solver.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
+
+import dom2_mamujoco
+import dom2_mpe
+from baselines import shared
+from baselines.shared import options, settings_table
+from dom2_mpe import (
+    DOM2,
+    Algorithm,
+    Batch,
+    DiffusionPolicy,
+    NoiseSchedule,
+    make_optimizers,
+    parse,
+    program,
+    q_of_candidates,
+    sample_transitions,
+    time_grid,
+    train,
+    update,
+)
+
+
+@dataclass
+class EvaluationArgs(options.EvaluationArgs):
+    """How to measure."""
+
+    eval_candidates: options.Count = 1
+    """actions sampled per decision; above 1, the one with the highest Q acts"""
+
+
+@dataclass
+class Args(shared.DataArgs, dom2_mpe.TrainingArgs, dom2_mpe.NetworkArgs, EvaluationArgs, options.RunArgs):
+    """All options of MA-Diffusion-QL."""
+
+
+def dom2_settings() -> dict:
+    """{scenario: {dataset: options}}: how DOM2 learns there, without what makes it DOM2."""
+    names = [field.name for group in (dom2_mpe.TrainingArgs, dom2_mpe.NetworkArgs) for field in fields(group)]
+    rows = {}
+    for algorithm, scenarios in ((DOM2, shared.SCENARIOS), (dom2_mamujoco.DOM2, ("HalfCheetah",))):
+        for scenario in scenarios:
+            dom2 = {dataset: asdict(algorithm.args(scenario, dataset)) for dataset in shared.DATASETS}
+            rows[scenario] = {
+                dataset: {name: values[name] for name in names} | {"zeta": 0.0, "prediction": "noise"}
+                for dataset, values in dom2.items()
+            }
+    return rows
+
+
+SETTINGS = settings_table(particles={}, mujoco={}, rows=dom2_settings())
+
+
+def ddpm(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int, clip: bool = False) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020) on `dpm_solver`'s grid and with its arguments.
+
+    a_{i-1} ~ q(a_{i-1} | a_i, a_0), with the clean action a_0 = (a_i - sigma_i eps(a_i, tau_i)) / alpha_i. With a_i |
+    a_{i-1} ~ N(alpha a_{i-1}, v), alpha = alpha_i / alpha_{i-1} and v = sigma_i^2 - alpha^2 sigma_{i-1}^2, this is
+
+        N(alpha sigma_{i-1}^2 / sigma_i^2 a_i + alpha_{i-1} v / sigma_i^2 a_0,  v sigma_{i-1}^2 / sigma_i^2)
+
+    and the last step takes its mean.
+
+    Args:
+        noise: N(0, I), [..., N * A]: the chain's start and the noise of its steps but the last.
+    """
+    a, *fresh = noise.chunk(num_steps, -1)
+    fresh.append(torch.zeros_like(a))
+    for (s, t), eps_s in zip(pairwise(time_grid(num_steps)), fresh, strict=True):
+        alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
+        a0 = (a - sigma_s * noise_fn(a, s)) / alpha_s
+        if clip:
+            a0 = a0.clamp(-1, 1)
+        alpha, v = alpha_s / alpha_t, sigma_s**2 - (alpha_s / alpha_t * sigma_t) ** 2
+        mean = alpha * sigma_t**2 / sigma_s**2 * a + alpha_t * v / sigma_s**2 * a0
+        a = mean + math.sqrt(v) * sigma_t / sigma_s * eps_s
+    return a
+
+
+class DDPMPolicy(DiffusionPolicy):
+    """A diffusion policy that samples by `ddpm`: observations [L, B, d], noise [L, B, N * A] -> actions [L, B, A]."""
+
+    solver = staticmethod(ddpm)
+
+
+def make_learners(args: Args, env) -> nn.ModuleDict:
+    return dom2_mpe.make_learners(args, env, DDPMPolicy)
+
+
+def sample_batch(data, args: Args) -> Batch:
+    """As DOM2's; the noise of a chain has N * A entries."""
+    transitions = sample_transitions(data, args)
+    L, B, A = transitions[1].shape
+    N, device = args.diffusion_steps, data.obs.device
+    return Batch(
+        *transitions,
+        target_noise=torch.randn(L, B, N * A, device=device),
+        random_actions=torch.rand(L, B, 10, A, device=device) * 2 - 1,
+        tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,
+        eps=torch.randn(L, B, A, device=device),
+        policy_noise=torch.randn(L, B, N * A, device=device),
+    )
+
+
+@torch.no_grad()
+def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
+    """Sample actions: obs [L, E, d] -> [L, E, A]; the best by Q of `eval_candidates` where that is above 1."""
+    (L, E, d), K = obs.shape, args.eval_candidates
+    A = learners["critic"].layers[0].weight.shape[1] - d
+    noise = torch.randn(L, E * K, args.diffusion_steps * A, generator=generator, device=obs.device)
+    actions = learners["policy"](obs.repeat_interleave(K, 1), noise).view(L, E, K, A)
+    if K == 1:
+        return actions[:, :, 0]
+    best = q_of_candidates(learners["critic"], obs, actions).amin(1).argmax(-1)  # [L, E]
+    return actions.take_along_dim(best[..., None, None], 2)[:, :, 0]
+
+
+MA_DIFFUSION_QL = Algorithm(
+    "ma_diffusion_ql", Args, SETTINGS, make_learners, make_optimizers, sample_batch, update, act
+)
+
+
+if __name__ == "__main__":
+    program(lambda: train(parse(MA_DIFFUSION_QL, __doc__), MA_DIFFUSION_QL))
