@@ -1,7 +1,7 @@
 """Speed and memory, one line `key: value` each, in under three minutes on a CPU.
 
-    python benchmark.py                # everything that this machine can measure
-    python benchmark.py --only gemm_fraction_cpu help_seconds
+    python experiments/benchmark.py                # everything that this machine can measure
+    python experiments/benchmark.py --only gemm_fraction_cpu help_seconds
 
 Machines are noisy, so a ratio is measured inside one run: its two sides alternate, and the medians are compared. What
 needs a GPU is printed as "not measured" without one. The README shows the figures with the hardware they came from.
@@ -15,15 +15,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import torch
+import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
+
 import dom2_mpe
+from common import ROOT, Dataset, make_env
+from dom2_mpe import DOM2
 from particle_env import EPISODE_STEPS, ParticleEnv
+from run import cuda_graph, scenario_prey
+from utils.frozen import policy_action
+from utils.program import program
+from utils.provenance import hardware
 
 OBS_SIZE, ACTION_SIZE, NUM_AGENTS = 16, 2, 3  # of simple_tag
 
@@ -44,17 +56,19 @@ def alternate(*functions, repeats: int = 15) -> list[float]:
 
 def make_step(num_learners: int, num_transitions: int = 100_000, device="cpu", dataset="random", **options):
     """One update of `num_learners` learners with the settings of simple_tag, as a function without arguments."""
-    args = dom2_mpe.resolve(replace(dom2_mpe.Args(scenario="simple_tag", dataset=dataset), **options))
-    agents = min(num_learners, NUM_AGENTS)
-    rows = torch.randn(agents, num_transitions, 2 * OBS_SIZE + ACTION_SIZE + 2, device=device)
+    seeds, agents = max(1, num_learners // NUM_AGENTS), min(num_learners, NUM_AGENTS)
+    args = DOM2.args("simple_tag", dataset, num_seeds=seeds, **options)
+    columns = [torch.randn(agents, num_transitions, size, device=device) for size in (OBS_SIZE, ACTION_SIZE, OBS_SIZE)]
+    reward, done = (torch.zeros(agents, num_transitions, device=device) for _ in range(2))
+    obs, action, next_obs = columns
     index = torch.arange(num_transitions, device=device)
-    data = dom2_mpe.Data(rows, None, None, None, index, OBS_SIZE, {})
-    learners = dom2_mpe.make_learners(args, num_learners, OBS_SIZE, ACTION_SIZE, device)
+    data = Dataset(obs, action, reward, next_obs, done, None, None, None, {}, None, index)
+    sizes = dict(num_agents=agents, obs_size=OBS_SIZE, action_size=ACTION_SIZE, device=device)
+    learners = dom2_mpe.make_learners(args, SimpleNamespace(**sizes))
     optimizers = dom2_mpe.make_optimizers(args, learners)
 
     def step():
-        batch = dom2_mpe.sample_batch(data, args, num_learners)
-        return dom2_mpe.update(learners, optimizers, batch, args)
+        return dom2_mpe.update(learners, optimizers, dom2_mpe.sample_batch(data, args), args)
 
     return step
 
@@ -99,6 +113,14 @@ def gemm_fraction_cpu() -> str:
     return f"{plain / update:.2f} ({flops / update / 1e9:.0f} of {flops / plain / 1e9:.0f} GFLOP/s)"
 
 
+def bf16_speedup_cpu() -> str:
+    """The update in bfloat16 (--bf16) against float32, widths 256 and batch 1,024."""
+    sizes = dict(batch_size=1024, widths=(256, 256, 256), critic_widths=(256, 256), dataset="medium")
+    bf16 = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)(make_step(3, **sizes))
+    half, full = alternate(bf16, make_step(3, **sizes), repeats=9)
+    return f"{full / half:.2f}"
+
+
 def updates_per_second_cpu() -> str:
     """The default run's update, all cores."""
     return f"{1 / alternate(make_step(3), repeats=200)[0]:.1f}"
@@ -113,9 +135,9 @@ def data_size_slowdown() -> str:
 def run_script(folder: str, *arguments: str) -> tuple[float, float]:
     """Seconds and peak resident GB of a script run in `folder`."""
     start = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": str(common.ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     script, *rest = arguments
-    command = [sys.executable, str(common.ROOT / script), *rest]
+    command = [sys.executable, str(ROOT / script), *rest]
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -137,15 +159,14 @@ def peak_memory_gb() -> str:
 
 def evaluation_seconds_cpu() -> str:
     """1,000 episodes of simple_tag."""
-    args = dom2_mpe.resolve(dom2_mpe.Args(scenario="simple_tag", dataset="random"))
-    learners = dom2_mpe.make_learners(args, NUM_AGENTS, OBS_SIZE, ACTION_SIZE, "cpu")
-    prey_size = ParticleEnv("simple_tag", 1).obs_sizes[-1]
-    prey = common.load_prey(common.ROOT / "pretrained" / "simple_tag.pt", prey_size, "cpu")
+    args = DOM2.args("simple_tag", "random")
+    env = make_env("simple_tag", 1_000, prey=partial(policy_action, scenario_prey(args)))
+    learners = dom2_mpe.make_learners(args, env)
 
     def act(obs, generator):
         return dom2_mpe.act(learners, obs, args, generator)
 
-    seconds = alternate(lambda: dom2_mpe.evaluate(act, args, "none", prey, "cpu"), repeats=3)[0]
+    seconds = alternate(lambda: dom2_mpe.evaluate(act, env, args), repeats=3)[0]
     return f"{seconds:.2f}"
 
 
@@ -172,7 +193,7 @@ def robot_steps_per_second_cpu() -> str:
 
     env = MujocoEnv("HalfCheetah", 32)
     env.reset()
-    actions = torch.rand(32, env.num_agents, env.action_size).numpy() * 2 - 1
+    actions = torch.rand(32, env.num_agents, env.action_size) * 2 - 1
 
     def steps():
         for _ in range(100):
@@ -188,13 +209,13 @@ def help_seconds() -> str:
 
 def graph_speedup_gpu() -> str:
     """CUDA-graph captured against eager update."""
-    graph, eager = alternate(dom2_mpe.cuda_graph(make_step(3, device="cuda")), make_step(3, device="cuda"), repeats=100)
+    graph, eager = alternate(cuda_graph(make_step(3, device="cuda")), make_step(3, device="cuda"), repeats=100)
     return f"{eager / graph:.2f}"
 
 
 def five_seeds_cost_gpu() -> str:
     """Five seeds' update against one seed's, both as CUDA graphs."""
-    steps = [dom2_mpe.cuda_graph(make_step(n * NUM_AGENTS, device="cuda")) for n in (5, 1)]
+    steps = [cuda_graph(make_step(n * NUM_AGENTS, device="cuda")) for n in (5, 1)]
     five, one = alternate(*steps, repeats=100)
     return f"{five / one:.2f}"
 
@@ -208,6 +229,7 @@ def default_run_seconds_gpu() -> str:
 MEASURES = [
     stacked_speedup_cpu,
     gemm_fraction_cpu,
+    bf16_speedup_cpu,
     updates_per_second_cpu,
     data_size_slowdown,
     peak_memory_gb,
@@ -223,17 +245,14 @@ MEASURES = [
 
 @dataclass
 class Args:
-    only: tuple[str, ...] = ()
+    only: tuple[Literal[tuple(measure.__name__ for measure in MEASURES)], ...] = ()
     """keys to measure; default: all"""
 
 
 def main() -> None:
-    args = common.parse(Args, __doc__)
-    names = [measure.__name__ for measure in MEASURES]
-    for name in args.only:
-        common.check_choice("--only", name, names)
+    args = tyro.cli(Args, description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"hardware: {dom2_mpe.hardware(device)}")
+    print(f"hardware: {hardware(device)}")
     for measure in MEASURES:
         if args.only and measure.__name__ not in args.only:
             continue
@@ -244,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program(main)

@@ -1,7 +1,8 @@
 """What the paper shows, as sets of cells, and the way from their raw results to tables and figures.
 
-`python reproduce.py report` writes for every table and figure of the paper `results/report/<name>.md`, `.csv`, `.png`
-and `.pdf`, from `results/<algorithm>[-<options>]/<scenario>-<dataset>.json` and `results/paper.csv` alone.
+`python experiments/reproduce.py report` writes for every table and figure of the paper `results/report/<name>.md`,
+`.csv`, `.png` and `.pdf`, from the raw results `results/<algorithm>[-<options>]/<scenario>-<dataset>.json` and
+`results/paper.csv` alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 import common
-from common import DATASETS, UserError
+from common import DATASETS
+from utils.program import UserError
 
 # --------------------------------------------------------------------------------------------------------------------
 # A cell is an algorithm with options of its script on a data set; a target is a set of cells.
@@ -33,6 +35,7 @@ ALGORITHMS = {
     "bc": Algorithm("BC", "dom2_{family}.py", {"eta": 0}),  # with DOM2's diffusion policy
     "ma_bc": Algorithm("MA-BC", "baselines/ma_bc.py", {}),
     "ma_td3bc": Algorithm("MA-TD3+BC", "baselines/ma_td3bc.py", {}),
+    "ma_diffusion_ql": Algorithm("MA-Diffusion-QL", "baselines/ma_diffusion_ql.py", {}),
     "ma_cql": Algorithm("MA-CQL", "baselines/ma_cql.py", {}),
     "omar": Algorithm("OMAR", "baselines/omar.py", {}),
     "ma_sfbc": Algorithm("MA-SfBC", "baselines/ma_sfbc.py", {}),
@@ -107,14 +110,13 @@ ABLATIONS = (
     *variants(("dom2",), augment=False),
     *variants(("dom2",), noise_net="residual"),
     *variants(("dom2",), prediction="noise"),
-    *variants(("dom2",), solver="ddpm"),
     *variants(("dom2",), zeta=0),
-    *variants(("dom2",), q_normaliser="printed"),
-    *variants(("dom2",), solver="ddpm", prediction="noise", zeta=0),  # Diffusion-QL for many agents
+    *variants(("ma_diffusion_ql",), prediction="action", augment=True),  # DOM2 with DDPM in place of DPM-Solver
+    *variants(("ma_diffusion_ql",), augment=True),
+    *variants(("ma_diffusion_ql",)),
 )
 OFF_AND_ON = tuple(v for a in BASELINES for v in (*variants((a,)), *variants((a,), augment=True)))
 OFF_AND_ON += (*variants(("dom2",), augment=False), *variants(("dom2",)))
-CANDIDATES = (*variants(("dom2",)), *variants(("dom2",), eval_candidates=8))
 STEP_COUNTS = tuple(v for n in STEPS for v in variants(("dom2",), diffusion_steps=n))
 TARGETS = {
     "table1": Target("Table 1: particle environments", ("none",), ((TABLE, PARTICLE, DATASETS),)),
@@ -136,9 +138,6 @@ TARGETS = {
     ),
     "fig6": Target("Figure 6: ablations", ("none",), ((ABLATIONS, PARTICLE + MUJOCO, DATASETS),)),
     "factorial": Target("Augmentation off and on", ("none",), ((OFF_AND_ON, PARTICLE, DATASETS),)),
-    "candidates": Target(
-        "One action, or the best of eight by Q", ("none", "speed"), ((CANDIDATES, PARTICLE, DATASETS),)
-    ),
     "steps": Target("Denoising steps", ("none",), ((STEP_COUNTS, PARTICLE, ("random", "expert")),)),
 }
 

@@ -1,10 +1,10 @@
 """The paper's tables and figures: run what is missing of one, then print it next to the paper's numbers.
 
-    python reproduce.py table1                       # the missing cells of Table 1, one per core or GPU; then the table
-    python reproduce.py table1 --dry-run             # only list the commands and estimate the time
-    python reproduce.py fig6 --scenarios simple_tag --launcher slurm --partition gpu --gpus 1 --time-limit 2:00:00
-    python reproduce.py table1 -- --compile          # what follows -- is added to every command
-    python reproduce.py report                       # all tables and figures from the raw results, without training
+    python experiments/reproduce.py table1              # the missing cells of Table 1, one per core or GPU; the table
+    python experiments/reproduce.py table1 --dry-run    # only list the commands and estimate the time
+    python experiments/reproduce.py fig6 --scenarios simple_tag --launcher slurm --partition gpu --gpus 1
+    python experiments/reproduce.py table1 -- --compile # what follows -- is added to every command
+    python experiments/reproduce.py report              # all tables and figures from the raw results, without training
 
 A cell is one ordinary command line of this repository, and its raw result is the `results.json` which that command
 wrote, copied to `results/<algorithm>[-<options>]/<scenario>-<dataset>.json`. Cells that are there are never run again.
@@ -27,14 +27,15 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import tyro
 from tqdm import tqdm
 
-import common
-from common import ROOT, UserError
-from report import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
+
+from common import ROOT
+from experiments.report import (
     ALGORITHMS,
     MUJOCO,
     TARGETS,
@@ -46,12 +47,14 @@ from report import (
     write,
     write_report,
 )
+from run import parse as parse_options
+from utils.program import UserError, catch_signals, program, usable_cores
 
 
 @dataclass
 class Args:
-    target: tyro.conf.Positional[str]
-    """table1 to table4, fig2, fig5, fig6, factorial, candidates, steps, or report: all, without running anything"""
+    target: tyro.conf.Positional[Literal[(*TARGETS, "report")]]
+    """table, figure or study to run; report: all tables and figures from the raw results, without running anything"""
     scenarios: tuple[str, ...] = ()
     """only these scenarios"""
     datasets: tuple[str, ...] = ()
@@ -68,8 +71,8 @@ class Args:
     """run the cells that failed once more"""
     overwrite: bool = False
     """run the cells whose result was made with other settings, and replace that result"""
-    launcher: str = "local"
-    """local or slurm (a job array)"""
+    launcher: Literal["local", "slurm"] = "local"
+    """slurm: a job array"""
     jobs: int = 0
     """cells at once; 0: as many as cores, or GPUs where there are any; on slurm: no limit"""
     partition: str | None = None
@@ -92,7 +95,7 @@ class Args:
 
 # Options that change where and how a cell runs and no more than rounding of the results; and num_seeds: more will do.
 NOT_COMPARED = (
-    *("num_seeds", "eval_interval", "cuda", "compile", "bf16"),
+    *("num_seeds", "eval_interval", "cuda", "compile"),
     *("run_dir", "resume", "eval_only", "capture_video", "track"),
 )
 
@@ -108,8 +111,8 @@ class Job(NamedTuple):
 
 
 @cache
-def parse(script: str, options: tuple[str, ...]):
-    """The module of a script, and its options parsed.
+def load(script: str):
+    """The algorithm of a script.
 
     Raises:
         UserError: the script is not there or lacks a package.
@@ -118,7 +121,8 @@ def parse(script: str, options: tuple[str, ...]):
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     except ImportError as error:
         raise UserError(f"{script}: {error}; mend that or leave its cells out with --algorithms, --scenarios") from None
-    return module, common.parse(module.Args, args=list(options), prog=script)
+    name = script.rpartition("/")[2].removesuffix(".py").upper()
+    return module.DOM2 if name.startswith("DOM2") else getattr(module, name)
 
 
 def resolve(cell: Cell, args: Args, further: tuple[str, ...]) -> tuple[tuple[str, ...], dict]:
@@ -126,11 +130,10 @@ def resolve(cell: Cell, args: Args, further: tuple[str, ...]) -> tuple[tuple[str
     algorithm = ALGORITHMS[cell.variant.algorithm]
     script = algorithm.script.format(family="mamujoco" if cell.scenario in MUJOCO else "mpe")
     fields = algorithm.options | dict(cell.variant.options) | {"num_seeds": args.num_seeds}
-    options = (*command_line((fields | ({"updates": args.updates} if args.updates else {})).items()), *further)
-    module, parsed = parse(script, options)
-    resolved = module.resolve(replace(parsed, scenario=cell.scenario, dataset=cell.dataset))
-    command = (script, "--scenario", cell.scenario, "--dataset", cell.dataset, *options)
-    return command, json.loads(json.dumps(asdict(resolved)))
+    options = command_line((fields | ({"updates": args.updates} if args.updates else {})).items())
+    words = ("--scenario", cell.scenario, "--dataset", cell.dataset, *options, *further)
+    settings = asdict(parse_options(load(script), "", list(words)))
+    return (script, *words), json.loads(json.dumps(settings))
 
 
 def make_job(cell: Cell, args: Args, further: tuple[str, ...] = ()) -> Job:
@@ -250,10 +253,10 @@ def find_gpus() -> list[str]:
 
 def run_local(jobs: list[Job], args: Args) -> None:
     """Run the jobs on this machine, `args.jobs` at once; SIGINT and SIGTERM have all of them save and stop."""
-    gpus, cores = find_gpus(), len(os.sched_getaffinity(0))
+    gpus, cores = find_gpus(), usable_cores()
     at_once = args.jobs or len(gpus) or cores
     waiting, running, slots, failed = list(jobs), {}, list(range(at_once)), 0
-    with tqdm(total=len(jobs), unit="cell", dynamic_ncols=True) as bar, common.catch_signals() as stopped:
+    with tqdm(total=len(jobs), unit="cell", dynamic_ncols=True) as bar, catch_signals() as stopped:
         while running or (waiting and not stopped):
             while waiting and slots and not stopped:
                 job = waiting.pop(0)
@@ -357,8 +360,6 @@ def choose_cells(args: Args) -> list[Cell]:
     Raises:
         UserError: an option has no meaning.
     """
-    common.check_choice("target", args.target, (*TARGETS, "report"))
-    common.check_choice("--launcher", args.launcher, ("local", "slurm"))
     for option, least in (("num_seeds", 1), ("jobs", 0), ("gpus", 0), ("cpus", 1)):
         if getattr(args, option) < least:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
@@ -371,7 +372,8 @@ def choose_cells(args: Args) -> list[Cell]:
         ("algorithms", lambda cell: cell.variant.algorithm),
     ):
         for choice in getattr(args, option):
-            common.check_choice(f"--{option}", choice, sorted({value(cell) for cell in cells}))
+            if choice not in (known := sorted({value(cell) for cell in cells})):
+                raise UserError(f"--{option} {choice}: not in {args.target}; choose one of {', '.join(known)}")
         cells = [cell for cell in cells if value(cell) in (getattr(args, option) or (value(cell),))]
     return cells
 
@@ -428,10 +430,10 @@ def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
 def main() -> None:
     words = sys.argv[1:]
     here = words.index("--") if "--" in words else len(words)
-    args = common.parse(Args, __doc__, args=words[:here])
+    args = tyro.cli(Args, description=__doc__, args=words[:here])
     if not reproduce(args, tuple(words[here + 1 :])):
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    program(main)
