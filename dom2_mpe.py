@@ -232,7 +232,7 @@ class MLPNoiseNet(nn.Module):
 
     def forward(self, noisy_action: Tensor, obs: Tensor, t) -> Tensor:
         """noisy_action [L, B, A], obs [L, B, d], diffusion time t (a float or [L, B]) -> [L, B, A]."""
-        condition = self.obs_in(obs) + self.action_in.bias + self.time_in(self.time(t))
+        condition = self.obs_in(obs) + (self.time_in(self.time(t)) + self.action_in.bias)
         x = torch.baddbmm(condition, noisy_action, self.action_in.weight)
         for layer in self.layers:
             x = layer(F.silu(x))
@@ -414,10 +414,11 @@ def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float
     for the gradient. Q is the first of the twins, as in TD3. Returns the loss [L] and a dict of metrics [L].
     """
     action = policy(batch.obs, batch.policy_noise)
-    q = q_of_candidates(critic.q1, batch.obs, torch.stack([batch.action, action], 2))  # [L, B, 2]
-    loss = -eta * q[..., 1].mean(-1) / q[..., 0].detach().abs().mean(-1)
+    q = critic.q1(batch.obs, action).mean(-1)  # [L]
+    with torch.no_grad():
+        scale = critic.q1(batch.obs, batch.action).abs().mean(-1)
     saturated = (action.detach().abs() > 0.99).float().mean((1, 2))
-    return loss, {"charts/q_policy": q[..., 1].detach().mean(-1), "charts/saturation": saturated}
+    return -eta * q / scale, {"charts/q_policy": q.detach(), "charts/saturation": saturated}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -442,8 +443,9 @@ def sample_transitions(data: Dataset, args) -> tuple[Tensor, ...]:
     n, device = len(data.obs), data.obs.device
     L = args.num_seeds * n
     row = data.index[torch.randint(len(data.index), (L, args.batch_size), device=device)]
-    agent = torch.arange(L, device=device)[:, None] % n
-    return tuple(x[agent, row] for x in (data.obs, data.action, data.reward, data.next_obs, data.done))
+    row = (row + torch.arange(L, device=device)[:, None] % n * data.obs.shape[1]).flatten()  # in the agents' rows [n T]
+    columns = (data.obs, data.action, data.reward, data.next_obs, data.done)
+    return tuple(x.flatten(0, 1).index_select(0, row).unflatten(0, (L, args.batch_size)) for x in columns)
 
 
 def sample_batch(data: Dataset, args: Args) -> Batch:
@@ -543,6 +545,7 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
 
 
 DOM2 = Algorithm("dom2", Args, SETTINGS, make_learners, make_optimizers, sample_batch, update, act)
+load_policy = partial(TrainedPolicy, algorithm=DOM2)
 
 
 @torch.no_grad()
@@ -590,9 +593,6 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
         if shift not in run.returns:
             run.record(shift, evaluate(run.act, run.evaluation_env(shift), args))
     return run.finish(evaluate)
-
-
-load_policy = partial(TrainedPolicy, algorithm=DOM2)
 
 
 if __name__ == "__main__":
