@@ -11,9 +11,8 @@
 
 What differs from the original:
 - It trains the behaviour to the end, samples 16 actions once for every state of the data, and recomputes all R with the
-  present Q every 100 epochs. Here both are trained together: a minibatch is some windows of consecutive steps (whole
-  episodes of the particle environments), and their R is computed anew in every update, from a slowly moving copy
-  of Q and fresh actions of the behaviour so far.
+  present Q every 100 epochs. Here both learn together, from windows of consecutive steps (particle environments: whole
+  episodes) whose R is computed anew in every update, from a slowly moving copy of Q and fresh actions.
 - The end of an episode is a time limit: R continues with V there, where the original stops with 0.
 - It standardises returns at every recomputation, so that alpha has a scale; here rewards are standardised and scaled.
 - Sampling planning's candidates takes most of an update's time, so the critic learns from 4 of a minibatch's windows.
@@ -214,17 +213,11 @@ def sample_batch(data, args: Args) -> Batch:
     row = (data.starts[episode] + torch.minimum(step, length - 1)).flatten(1)  # [L, M * H]
     agent = torch.arange(L, device=device)[:, None] % n
     columns = (data.obs, data.action, data.reward, data.next_obs, data.done)
-    obs, action, reward, next_obs, done = (x[agent, row] for x in columns)
-    B = M * H
     return Batch(
-        obs=obs,
-        action=action,
-        reward=reward,
-        next_obs=next_obs,
-        done=done,
-        real=(step < length).flatten(1).to(obs.dtype),
-        tau=1e-5 + (1 - 1e-5) * torch.rand(L, B, device=device),
-        eps=torch.randn(L, B, A, device=device),
+        *(x[agent, row] for x in columns),
+        real=(step < length).flatten(1).to(data.obs.dtype),
+        tau=1e-5 + (1 - 1e-5) * torch.rand(L, M * H, device=device),
+        eps=torch.randn(L, M * H, A, device=device),
         plan_noise=torch.randn(L, min(M, args.plan_windows) * H, args.plan_candidates, A, device=device),
     )
 

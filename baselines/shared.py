@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,7 @@ from common import DATASETS
 from dom2_mpe import StackedLinear, TwinCritic, adam, q_of_candidates, sample_transitions
 from particle_env import SCENARIOS
 from utils import options
-from utils.options import Count, Discount, Rule, Share, Weight, Widths
+from utils.options import Count, Discount, Natural, Share, Weight, Widths
 
 # --------------------------------------------------------------------------------------------------------------------
 # Options and settings
@@ -37,7 +37,7 @@ class DataArgs(options.DataArgs):
     """frozen prey of simple_tag and simple_world; default: pretrained/; for data from elsewhere give theirs"""
     agent_conf: str | None = None
     """partition of HalfCheetah's joints among agents, such as 6x1; default: 2x3"""
-    agent_obsk: int = 0
+    agent_obsk: Natural = 0
     """an agent of HalfCheetah sees its own joints, and the angles of those at most so many joints away"""
 
 
@@ -67,16 +67,16 @@ def settings_table(particles: dict, mujoco: dict, rows: dict) -> dict:
     """Settings of every dataset, {(scenario, dataset): {option: value}}: its family's, then its own row.
 
     Args:
-        particles, mujoco: options of a whole family. rows: {scenario: {dataset: options}}; landmarks6 has those of
-            simple_spread.
+        particles, mujoco: options of a whole family. rows: {scenario: {dataset: options}}; landmarks6 takes those of
+            simple_spread where it has none.
     """
     particles = dict(eval_interval=1_000, eval_episodes=1_000, shift=("speed",)) | particles
     mujoco = dict(eval_interval=5_000, eval_episodes=32, shift=("random", "extreme")) | mujoco
     table = {}
     for scenario, family in {**dict.fromkeys(SCENARIOS, particles), "HalfCheetah": mujoco}.items():
-        own = rows.get("simple_spread" if scenario == "landmarks6" else scenario, {})
-        own = own if scenario != "landmarks6" else {d: {**own.get(d, {}), "shift": ("dismiss",)} for d in DATASETS}
-        table |= {(scenario, dataset): family | own.get(dataset, {}) for dataset in DATASETS}
+        own = rows.get(scenario, rows.get("simple_spread", {}) if scenario == "landmarks6" else {})
+        shift = {"shift": ("dismiss",)} if scenario == "landmarks6" else {}
+        table |= {(scenario, dataset): family | own.get(dataset, {}) | shift for dataset in DATASETS}
     return table
 
 
@@ -181,7 +181,7 @@ class CQLArgs(TrainingArgs):
     """weight of the conservative term"""
     cql_actions: Count = 10
     """uniform actions per transition in the conservative term"""
-    cql_policy_actions: Annotated[int, Rule("at least 0", lambda x: x >= 0)] = 0
+    cql_policy_actions: Natural = 0
     """noisy actions of the policy at o, and as many at o', in the conservative term"""
     cql_noise: Share = 0.2
     """standard deviation of their noise"""

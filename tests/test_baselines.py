@@ -1,27 +1,40 @@
-"""The baselines: each loss against a naive version, each script from end to end on tiny data, what they refuse."""
+"""The baselines: each loss against a naive version, each algorithm from end to end on tiny data, what they refuse."""
 
 import copy
 import json
 import math
 import subprocess
 import sys
-from dataclasses import fields, replace
-from types import ModuleType, SimpleNamespace
+from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import common
+import dom2_mamujoco
 import dom2_mpe
-from baselines import ma_bc, ma_cql, ma_sfbc, ma_td3bc, madiff, omar
-from common import UserError
-from dom2_mpe import Data, NoiseSchedule, TwinCritic
+from baselines import ma_bc, ma_cql, ma_sfbc, ma_td3bc, madiff, omar, shared
+from baselines.ma_bc import MA_BC
+from baselines.ma_cql import MA_CQL
+from baselines.ma_diffusion_ql import MA_DIFFUSION_QL
+from baselines.ma_sfbc import MA_SFBC
+from baselines.ma_td3bc import MA_TD3BC
+from baselines.madiff import MADIFF
+from baselines.omar import OMAR
+from common import DATASETS, Dataset
+from dom2_mpe import NoiseSchedule, TwinCritic, augment, q_of_candidates, train
 from particle_env import SCENARIOS, parallel_env
+from run import parse
+from utils.checkpoints import load_checkpoint
+from utils.data import load_data
+from utils.policies import TrainedPolicy
+from utils.program import UserError
 
 torch.set_num_threads(1)
 
-BASELINES = {m.__name__.removeprefix("baselines."): m for m in (ma_bc, ma_td3bc, ma_cql, omar, ma_sfbc, madiff)}
+BASELINES = {a.name: a for a in (MA_BC, MA_TD3BC, MA_CQL, OMAR, MA_SFBC, MADIFF, MA_DIFFUSION_QL)}
 ALL_SCENARIOS = (*SCENARIOS, "HalfCheetah")
 L, B, D, A = 2, 5, 4, 2  # learners, minibatch, observation and action entries
 
@@ -37,8 +50,19 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def options(module, **changes):
-    return module.resolve(module.Args(**{"scenario": "simple_spread", "dataset": "medium", "batch_size": B} | changes))
+def options(algorithm, **changes):
+    return algorithm.args("simple_spread", "medium", **{"batch_size": B} | changes)
+
+
+def env_of(num_agents):
+    """All that make_learners reads of an environment."""
+    return SimpleNamespace(num_agents=num_agents, obs_size=D, action_size=A, device="cpu")
+
+
+def dataset(columns, starts, lengths, episodes):
+    """Dataset of the columns obs, action, reward, next_obs, done whose minibatches come from `episodes`."""
+    returns = torch.stack([columns[2][:, s : s + n].sum(1).mean() for s, n in zip(starts, lengths, strict=True)])
+    return Dataset(*columns, starts, lengths, returns, {}).replicated(episodes)
 
 
 def networks(network, *sizes, seed=0):
@@ -52,7 +76,7 @@ def networks(network, *sizes, seed=0):
 
 
 def actors_and_critics():
-    return [networks(ma_bc.Policy, L, D, A, (7, 6), seed=s) for s in (1, 2)] + [
+    return [networks(shared.Policy, L, D, A, (7, 6), seed=s) for s in (1, 2)] + [
         networks(TwinCritic, L, D, A, (8, 5), seed=s) for s in (3, 4)
     ]
 
@@ -66,7 +90,7 @@ def transitions():
 
 def q_of(critic, obs, action, learner, twin):
     """Q of one learner's twin at one observation and action, out of the whole stack."""
-    return critic(obs.expand(L, 1, -1), action.expand(L, 1, 1, -1))[learner, twin, 0, 0]
+    return critic(obs.expand(L, 1, -1), action.expand(L, 1, -1))[learner, twin, 0]
 
 
 def action_of(policy, obs, learner):
@@ -81,7 +105,7 @@ def gradients(loss, module):
 
 
 def test_observation_norm_has_the_moments_of_everything_it_has_seen():
-    norm = ma_bc.ObservationNorm(L, D).double()
+    norm = shared.ObservationNorm(L, D).double()
     batches = [3 * normal(L, B, D, seed=s) + torch.arange(L * D).view(L, 1, D) for s in range(4)]
     for batch in batches:
         norm.track(batch)
@@ -90,8 +114,18 @@ def test_observation_norm_has_the_moments_of_everything_it_has_seen():
     close(norm(batches[0]), expected)
 
 
+def test_standardise_takes_in_the_observations_and_applies_the_moments_to_both():
+    norm, by_hand = (shared.ObservationNorm(L, D).double() for _ in range(2))
+    for seed in range(2):
+        batch = ma_td3bc.Batch(*transitions(), target_noise=None)._replace(obs=5 + normal(L, B, D, seed=seed))
+        by_hand.track(batch.obs)
+        found = norm.standardise(batch)
+        expected = batch._replace(obs=by_hand(batch.obs), next_obs=by_hand(batch.next_obs))
+        assert all(a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_policy_is_a_plain_mlp_per_learner():
-    policy = networks(ma_bc.Policy, L, D, A, (7, 6))
+    policy = networks(shared.Policy, L, D, A, (7, 6))
     obs = normal(L, B, D)
     for i in range(L):
         x = obs[i]
@@ -103,14 +137,14 @@ def test_policy_is_a_plain_mlp_per_learner():
 
 def test_policies_start_near_zero():
     torch.manual_seed(0)
-    assert ma_bc.Policy(L, D, A, (64, 64))(torch.randn(L, 100, D)).abs().max() < 0.2
+    assert shared.Policy(L, D, A, (64, 64))(torch.randn(L, 100, D)).abs().max() < 0.2
 
 
 # ---- losses against naive versions ----
 
 
 def test_bc_loss():
-    policy = networks(ma_bc.Policy, L, D, A, (7,))
+    policy = networks(shared.Policy, L, D, A, (7,))
     obs, action, *_ = transitions()
     for i in range(L):
         errors = [(action_of(policy, obs[i, b], i)[k] - action[i, b, k]) ** 2 for b in range(B) for k in range(A)]
@@ -151,15 +185,15 @@ def test_td3bc_policy_loss_and_its_gradient():
 
 def cql_batch(policy_actions):
     uniform = normal(L, B, 3, A, seed=6).tanh()
-    return ma_cql.Batch(*transitions(), uniform, normal(2, L, B, policy_actions, A, seed=7))
+    return shared.CQLBatch(*transitions(), uniform, normal(2, L, B, policy_actions, A, seed=7))
 
 
 @pytest.mark.parametrize("policy_actions", [0, 2])
 def test_cql_critic_loss(policy_actions):
     policy, target_policy, critic, target_critic = actors_and_critics()
-    args = options(ma_cql, cql_alpha=1.5, cql_noise=0.3, cql_policy_actions=policy_actions, gamma=0.9)
+    args = options(MA_CQL, cql_alpha=1.5, cql_noise=0.3, cql_policy_actions=policy_actions, gamma=0.9)
     batch = cql_batch(policy_actions)
-    loss, metrics = ma_cql.critic_loss(critic, target_critic, policy, target_policy, batch, args)
+    loss, metrics = shared.cql_loss(critic, target_critic, policy, target_policy, batch, args)
     uniform, gaussian = torch.distributions.Uniform(-1.0, 1.0), torch.distributions.Normal(0.0, 0.3)
     for i in range(L):
         td = conservative = 0
@@ -185,23 +219,29 @@ def test_cql_critic_loss(policy_actions):
 
 
 def test_batch_norm_critic_sees_standardised_actions():
-    critic = networks(ma_cql.BatchNormCritic, L, D, A, (8, 5))
+    critic = networks(shared.BatchNormCritic, L, D, A, (8, 5))
     obs, actions = normal(L, B, D), normal(L, B, 3, A, seed=1)
     standard = torch.empty_like(actions)
     for i in range(L):
         rows = actions[i].view(B * 3, A)
         standard[i] = (actions[i] - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
-    q = critic(obs, actions)
-    close(q, TwinCritic.forward(critic, obs, standard))
-    close(critic(obs, 0.5 * actions + 3), q, 1e-4)
-    for batch_norm, network in ((True, ma_cql.BatchNormCritic), (False, TwinCritic)):
-        learners = omar.make_learners(options(omar, batch_norm=batch_norm), L, D, A, "cpu")
-        assert type(learners["critic"]) is type(learners["target_critic"]) is network
+    plain = TwinCritic(L, D, A, (8, 5)).double()
+    plain.load_state_dict(critic.state_dict())
+    for of_critic, of_plain in ((critic, plain), (critic.q1, plain.q1)):
+        q = q_of_candidates(of_critic, obs, actions)
+        close(q, q_of_candidates(of_plain, obs, standard))
+        close(q_of_candidates(of_critic, obs, 0.5 * actions + 3), q, 1e-4)
+    for batch_norm, network in ((True, shared.BatchNormCritic), (False, TwinCritic)):
+        for algorithm in (MA_CQL, OMAR):
+            learners = algorithm.make_learners(options(algorithm, batch_norm=batch_norm), env_of(L))
+            assert type(learners["critic"]) is type(learners["target_critic"]) is network
+    learners = MA_TD3BC.make_learners(options(MA_TD3BC), env_of(L))
+    assert type(learners["critic"]) is type(learners["target_critic"]) is TwinCritic
 
 
 def test_cql_policy_loss():
     policy, _, critic, _ = actors_and_critics()
-    loss, _ = ma_cql.policy_loss(policy, critic, cql_batch(0), options(ma_cql, action_penalty=0.4))
+    loss, _ = ma_cql.policy_loss(policy, critic, cql_batch(0), options(MA_CQL, action_penalty=0.4))
     obs = transitions()[0]
     for i in range(L):
         actions = [action_of(policy, obs[i, b], i) for b in range(B)]
@@ -211,7 +251,7 @@ def test_cql_policy_loss():
 
 def test_omar_policy_loss():
     policy, _, critic, _ = actors_and_critics()
-    args = options(omar, omar_coe=0.6, action_penalty=0.4, omar_sigma=0.7)
+    args = options(OMAR, omar_coe=0.6, action_penalty=0.4, omar_sigma=0.7)
     batch = omar.Batch(*cql_batch(0), sampler_noise=normal(3, L, B, 4, A, seed=8))
     loss, _ = omar.policy_loss(policy, critic, batch, args)
     own = 0
@@ -256,9 +296,9 @@ def test_sfbc_planning():
 
 
 def test_sfbc_critic_loss():
-    args = options(ma_sfbc, widths=(8,), critic_widths=(7, 6), batch_size=6, window=3, bf16=False)
+    args = options(MA_SFBC, widths=(8,), critic_widths=(7, 6), batch_size=6, window=3)
     torch.manual_seed(0)
-    learners = ma_sfbc.make_learners(args, L, D, A, "cpu").double()
+    learners = ma_sfbc.make_learners(args, env_of(L)).double()
     critic, policy = learners["critic"], learners["policy"]
     target_critic = networks(ma_sfbc.Critic, L, D, A, (7, 6))
     obs, next_obs, action = normal(L, 9, D), normal(L, 9, D, seed=1), normal(L, 9, A, seed=2).tanh()
@@ -270,7 +310,7 @@ def test_sfbc_critic_loss():
     loss, _ = ma_sfbc.critic_loss(critic, target_critic, policy, batch, 3, 0.9, 2.0)
     obs, action, next_obs, done = obs[:, :6], action[:, :6], next_obs[:, :6], done[:, :6]
     candidates = torch.stack([policy(next_obs, batch.plan_noise[:, :, k]) for k in range(5)], 2)
-    q = torch.stack([target_critic(next_obs, candidates[:, :, k : k + 1])[..., 0] for k in range(5)], -1)
+    q = torch.stack([target_critic(next_obs, candidates[:, :, k]) for k in range(5)], -1)
     value = (1 - done) * (torch.softmax(2.0 * q, -1) * q).sum(-1)
     for i in range(L):
         errors = []
@@ -278,24 +318,44 @@ def test_sfbc_critic_loss():
             later = -math.inf
             for t in reversed(steps):
                 later = batch.reward[i, t] + 0.9 * max(later, value[i, t])
-                errors.append((critic(obs, action[:, :, None])[i, t, 0] - later) ** 2)
+                errors.append((critic(obs, action)[i, t] - later) ** 2)
         close(loss[i], sum(errors) / 5)
 
 
 def test_sfbc_critic_is_a_plain_mlp():
     critic = networks(ma_sfbc.Critic, L, D, A, (7, 6))
-    obs, actions = normal(L, B, D), normal(L, B, 3, A, seed=1)
+    obs, action = normal(L, B, D), normal(L, B, A, seed=1)
     for i in range(L):
-        for k in range(3):
-            x = torch.cat([obs[i], actions[i, :, k]], -1)
-            for j, layer in enumerate(critic.layers):
-                x = x @ layer.weight[i] + layer.bias[i]
-                x = F.silu(x) if j < 2 else x
-            close(critic(obs, actions)[i, :, k], x[:, 0])
+        x = torch.cat([obs[i], action[i]], -1)
+        for j, layer in enumerate(critic.layers):
+            x = x @ layer.weight[i] + layer.bias[i]
+            x = F.silu(x) if j < 2 else x
+        close(critic(obs, action)[i], x[:, 0])
+
+
+def test_sfbc_candidates_are_the_policy_s_actions_for_their_own_noise():
+    args = options(MA_SFBC, widths=(8,), window=5)
+    policy = ma_sfbc.make_learners(args, env_of(L))["policy"].double()
+    obs, noise = normal(L, B, D), normal(L, B, 3, A, seed=1)
+    found = ma_sfbc.candidates(policy, obs, noise)
+    for k in range(3):
+        close(found[:, :, k], policy(obs, noise[:, :, k]))
 
 
 def denoiser(num_seeds=2, num_agents=3, width=8, blocks=2):
     return networks(madiff.Denoiser, num_seeds * num_agents, num_agents, D, width, blocks)
+
+
+def egos():
+    """[6, B]: in every column one of the three agents of each of two teams."""
+    return F.one_hot(torch.arange(B) % 3, 3).T.repeat(2, 1).double()
+
+
+def first_step(ego, horizon):
+    """Mask of the ego agents' first observations, [L, B, H, 1]."""
+    known = torch.zeros(*ego.shape, horizon, 1).double()
+    known[:, :, 0, 0] = ego
+    return known
 
 
 def test_madiff_block_convolves_over_time():
@@ -317,11 +377,11 @@ def test_madiff_block_convolves_over_time():
 
 def test_madiff_trajectory_loss():
     net, schedule, M, H = denoiser(), NoiseSchedule(), 6, 4
-    ego = F.one_hot(torch.arange(B) % 3, 3).T.repeat(2, 1).double()  # [6, B]
+    ego = egos()
     tau = normal(M, B).sigmoid()
     batch = madiff.Batch(
         obs=normal(M, B, H, D, seed=1), action=None, next_obs=None, rank=normal(M, B, seed=2).sigmoid(),
-        guided=(normal(M, B, seed=3) > 0).double(), ego=ego, tau=tau, eps=normal(M, B, H, D, seed=4),
+        guided=(normal(M, B, seed=3) > 0).double(), known=first_step(ego, H), tau=tau, eps=normal(M, B, H, D, seed=4),
     )  # fmt: skip
     x = torch.zeros_like(batch.obs)
     known = torch.zeros(M, B, H, 1).double()
@@ -342,7 +402,7 @@ def test_madiff_trajectory_loss():
 
 
 def test_madiff_inverse_loss():
-    inverse = networks(ma_bc.Policy, L, 2 * D, A, (7,))
+    inverse = networks(shared.Policy, L, 2 * D, A, (7,))
     obs, action, _, next_obs, _ = transitions()
     windows = torch.stack([obs, normal(L, B, D, seed=9)], 2)
     batch = madiff.Batch(windows, action, next_obs, *[None] * 5)
@@ -408,27 +468,26 @@ def test_sfbc_chooses_with_probability_softmax_of_q():
 def two_modes(num_episodes=200, steps=4):
     """Trajectories of 2 agents whose actions are -0.6 or 0.6; agent 0 is paid for the one, agent 1 for the other."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.zeros(2, num_episodes * steps, 2 * D + A + 2)
-    action = 0.6 * torch.randn(rows.shape[:2], generator=generator).sign()
-    rows[:, :, :D] = rows[:, :, -D - 1 : -1] = torch.randn(*rows.shape[:2], D, generator=generator)
-    rows[:, :, D : D + A] = action[..., None] + 0.05 * torch.randn(*rows.shape[:2], A, generator=generator)
-    rows[:, :, D + A] = action * torch.tensor([[1.0], [-1.0]])
+    n, T = 2, num_episodes * steps
+    mode = 0.6 * torch.randn(n, T, generator=generator).sign()
+    obs = torch.randn(n, T, D, generator=generator)
+    action = mode[..., None] + 0.05 * torch.randn(n, T, A, generator=generator)
     starts = torch.arange(num_episodes) * steps
-    lengths = torch.full_like(starts, steps)
-    return Data(rows, starts, lengths, torch.arange(num_episodes), torch.arange(rows.shape[1]), D, {})
+    columns = obs, action, mode * torch.tensor([[1.0], [-1.0]]), obs, torch.zeros(n, T)
+    return dataset(columns, starts, torch.full_like(starts, steps), torch.arange(num_episodes))
 
 
 def test_sfbc_prefers_the_better_of_two_modes():
     torch.manual_seed(0)
     data = two_modes()
     args = options(
-        ma_sfbc, widths=(64, 64), critic_widths=(32,), batch_size=128, window=4, plan_candidates=2, gamma=0.5,
-        actor_lr=5e-3, critic_lr=5e-3, bf16=False, diffusion_steps=10, eval_candidates=32, eval_alpha=100.0,
+        MA_SFBC, widths=(64, 64), critic_widths=(32,), batch_size=128, window=4, plan_candidates=2, gamma=0.5,
+        actor_lr=5e-3, critic_lr=5e-3, diffusion_steps=10, eval_candidates=32, eval_alpha=100.0,
     )  # fmt: skip
-    learners = ma_sfbc.make_learners(args, 2, D, A, "cpu")
+    learners = ma_sfbc.make_learners(args, env_of(2))
     optimizers = ma_sfbc.make_optimizers(args, learners)
     for _ in range(400):
-        ma_sfbc.update(learners, optimizers, ma_sfbc.sample_batch(data, args, 2), args)
+        ma_sfbc.update(learners, optimizers, ma_sfbc.sample_batch(data, args), args)
     obs, generator = torch.randn(2, 200, D), torch.Generator().manual_seed(0)
     either = ma_sfbc.act(learners, obs, replace(args, eval_alpha=0.0), generator)[..., 0]
     better = ma_sfbc.act(learners, obs, args, generator)[..., 0]
@@ -442,8 +501,9 @@ def test_sfbc_prefers_the_better_of_two_modes():
 
 def test_madiff_plans_start_at_the_given_observation():
     net, M, H = denoiser(), 6, 5
-    first, ego = 10 + normal(M, B, D), F.one_hot(torch.arange(B) % 3, 3).T.repeat(2, 1).double()
-    plans = madiff.plan(net, NoiseSchedule(), first, ego, normal(M, B, H, D, seed=1), 0.9, 1.2, 4)
+    first, ego = 10 + normal(M, B, D), egos()
+    args = options(MADIFF, diffusion_steps=4, beta_max=10.0)
+    plans = madiff.plan(net, first, first_step(ego, H), normal(M, B, H, D, seed=1), args)
     assert plans.shape == (M, B, H, D) and plans.isfinite().all()
     assert torch.equal(plans[:, :, 0][ego == 1], first[ego == 1])
     assert (plans[:, :, 0][ego == 0] != first[ego == 0]).all()
@@ -458,9 +518,10 @@ def test_madiff_plans_what_the_network_predicts():
     def net(x, known, rank, guided, t):
         return torch.lerp(trajectory, better, (guided * rank)[:, :, None, None])
 
-    first, ego = normal(M, B, D, seed=2), torch.zeros(M, B).double()
+    first, known = normal(M, B, D, seed=2), torch.zeros(M, B, H, 1).double()
     for guidance in (0.0, 1.0, 1.2):
-        plans = madiff.plan(net, NoiseSchedule(0.1, 20.0), first, ego, normal(M, B, H, D, seed=3), 0.5, guidance, 5)
+        args = options(MADIFF, target_return=0.5, guidance=guidance, diffusion_steps=5, beta_max=20.0)
+        plans = madiff.plan(net, first, known, normal(M, B, H, D, seed=3), args)
         close(plans, trajectory + guidance * 0.5 * (better - trajectory), 0.05)
 
 
@@ -475,9 +536,9 @@ def test_madiff_agents_attend_to_their_own_team_alone():
 
 
 def test_madiff_acts_on_its_own_observation_alone():
-    args = options(madiff, width=8, num_blocks=2, horizon=4, bf16=False, inverse_widths=(16,))
+    args = options(MADIFF, num_seeds=2, width=8, num_blocks=2, horizon=4, inverse_widths=(16,))
     torch.manual_seed(0)
-    learners = madiff.make_learners(args, 6, D, A, "cpu")
+    learners = madiff.make_learners(args, env_of(3))
     for p in learners.parameters():
         p.data.add_(0.2 * torch.randn_like(p))
     obs = torch.randn(6, B, D)
@@ -493,23 +554,19 @@ def test_madiff_acts_on_its_own_observation_alone():
 
 
 def ramp(lengths=(5, 3, 9), num_agents=2):
-    """Trajectories whose observations count the rows, and whose next observation follows."""
-    total = sum(lengths)
-    count = torch.arange(total, dtype=torch.float32)
-    rows = torch.zeros(num_agents, total, 2 * D + A + 2)
-    rows[:, :, :D] = count[:, None] + 1000 * torch.arange(num_agents)[:, None, None]
-    rows[:, :, -D - 1 : -1] = rows[:, :, :D] + 0.5  # also where the trajectory ends
-    rows[:, :, D] = count
-    rows[:, :, D + A] = count**2
+    """Trajectories whose observations count the rows, and whose next observation follows; the last is there twice."""
+    count = torch.arange(sum(lengths), dtype=torch.float32).expand(num_agents, -1)
+    obs = (count + 1000 * torch.arange(num_agents)[:, None])[..., None].expand(-1, -1, D)
+    action = torch.stack([count, torch.zeros_like(count)], -1)
+    columns = obs, action, count**2, obs + 0.5, torch.zeros_like(count)  # + 0.5 also where the trajectory ends
     lengths = torch.tensor(lengths)
-    starts = lengths.cumsum(0) - lengths
-    return Data(rows, starts, lengths, torch.tensor([0, 1, 2, 2]), None, D, {})
+    return dataset(columns, lengths.cumsum(0) - lengths, lengths, torch.tensor([0, 1, 2, 2]))
 
 
 def test_madiff_windows():
     data, H, M = ramp(), 4, 3_000
     torch.manual_seed(0)
-    batch = madiff.sample_batch(data, options(madiff, batch_size=M, horizon=H, return_dropout=0.25), 4)
+    batch = madiff.sample_batch(data, options(MADIFF, num_seeds=2, batch_size=M, horizon=H, return_dropout=0.25))
     obs = batch.obs[..., 0].view(2, 2, M, H)
     assert torch.equal(obs[:, 0] + 1000, obs[:, 1]) and not torch.equal(obs[0], obs[1])  # a team's are the same
     ends = (data.starts + data.lengths).tolist()
@@ -531,16 +588,18 @@ def test_madiff_windows():
         order = rank[s, 0].argsort()
         assert (means[s, order].diff() >= 0).all()
         close(rank[s, 0, order], torch.linspace(0, 1, M), 1e-6)
-    assert torch.equal(batch.ego.view(2, 2, M).sum(1), torch.ones(2, M))
-    assert 0.45 < batch.ego.mean() < 0.55 and 0.72 < batch.guided.mean() < 0.78
+    ego = batch.known[:, :, 0, 0]
+    assert torch.equal(batch.known, first_step(ego, H).float())
+    assert torch.equal(ego.view(2, 2, M).sum(1), torch.ones(2, M))
+    assert 0.45 < ego.mean() < 0.55 and 0.72 < batch.guided.mean() < 0.78
     assert torch.equal(batch.guided.view(2, 2, M)[:, 0], batch.guided.view(2, 2, M)[:, 1])
 
 
 def test_sfbc_windows():
     data, H = ramp(), 4
     torch.manual_seed(0)
-    args = options(ma_sfbc, batch_size=4 * 500, window=H)
-    batch = ma_sfbc.sample_batch(data, args, 4)
+    args = options(MA_SFBC, num_seeds=2, batch_size=4 * 500, window=H)
+    batch = ma_sfbc.sample_batch(data, args)
     first = batch.obs[..., 0].view(4, 500, H)
     assert (first[[0, 2]] < 1000).all() and (first[[1, 3]] >= 1000).all()  # each agent's own
     ends = data.starts + data.lengths
@@ -568,40 +627,42 @@ SMALL = {
         "diffusion_steps": 2,
     },
     "madiff": {"width": 4, "num_blocks": 1, "inverse_widths": (8,), "horizon": 2, "diffusion_steps": 1},
+    "ma_diffusion_ql": {"widths": (8,), "critic_widths": (8,), "diffusion_steps": 2, "eval_candidates": 2},
 }
 
 
 def random_data(num_agents, episodes=8, steps=5):
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(num_agents, episodes * steps, 2 * D + A + 2, generator=generator)
-    rows[:, :, D : D + A].tanh_()
-    rows[:, :, -1] = 0
+    generator, T = torch.Generator().manual_seed(0), episodes * steps
+
+    def normal(*shape):
+        return torch.randn(num_agents, T, *shape, generator=generator)
+
+    columns = normal(D), normal(A).tanh(), normal(), normal(D), torch.zeros(num_agents, T)
     starts = torch.arange(episodes) * steps
-    index = torch.arange(episodes * steps)
-    return Data(rows, starts, torch.full_like(starts, steps), torch.arange(episodes), index, D, {})
+    return dataset(columns, starts, torch.full_like(starts, steps), torch.arange(episodes))
 
 
 def trained(name, data, updates=3):
     """Two seeds of three agents after some updates."""
-    module = BASELINES[name]
-    args = options(module, num_seeds=2, batch_size=10, **SMALL[name])
+    algorithm = BASELINES[name]
+    args = options(algorithm, num_seeds=2, **{"batch_size": 10} | SMALL[name])
     torch.manual_seed(0)
-    learners = module.make_learners(args, 6, D, A, "cpu")
-    optimizers = module.make_optimizers(args, learners)
+    learners = algorithm.make_learners(args, env_of(3))
+    optimizers = algorithm.make_optimizers(args, learners)
     for _ in range(updates):
-        metrics = module.update(learners, optimizers, module.sample_batch(data, args, 6), args)
-    return module, args, learners, metrics
+        metrics = algorithm.update(learners, optimizers, algorithm.sample_batch(data, args), args)
+    return args, learners, metrics
 
 
 @every_baseline
 def test_an_update_changes_every_network_and_logs_numbers_of_all_learners(name):
     data = random_data(3)
-    _, _, before, _ = trained(name, data, updates=1)
-    module, args, after, metrics = trained(name, data, updates=4)
+    _, before, _ = trained(name, data, updates=1)
+    args, after, metrics = trained(name, data, updates=4)
     for (key, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         assert not torch.equal(old, new), key
     assert all(value.shape == (6,) and value.isfinite().all() and not value.requires_grad for value in metrics.values())
-    actions = module.act(after, torch.randn(6, 7, D), args, torch.Generator().manual_seed(0))
+    actions = BASELINES[name].act(after, torch.randn(6, 7, D), args, torch.Generator().manual_seed(0))
     assert actions.shape == (6, 7, A) and actions.abs().max() <= 1 and not actions.requires_grad
 
 
@@ -609,9 +670,10 @@ def test_an_update_changes_every_network_and_logs_numbers_of_all_learners(name):
 def test_learners_do_not_see_each_other(name):
     """Another reward and other actions of agent 1 change that agent alone; in MADiff, its team."""
     data = random_data(3)
-    _, _, before, _ = trained(name, data)
-    data.rows[1, :, D:-D] *= -0.5
-    _, _, after, _ = trained(name, data)
+    _, before, _ = trained(name, data)
+    data.action[1] *= -0.5
+    data.reward[1] *= -0.5
+    _, after, _ = trained(name, data)
     changed = torch.zeros(6, dtype=torch.bool)
     for old, new in zip(before.parameters(), after.parameters(), strict=True):
         changed |= (old != new).unflatten(0, (6, -1)).flatten(1).any(1)
@@ -621,12 +683,12 @@ def test_learners_do_not_see_each_other(name):
 @pytest.mark.parametrize("name", ["ma_td3bc", "ma_cql", "omar"])
 def test_update_steps_critics_then_policies_then_targets(name):
     """Replayed by hand, with an Adam per network and gradients clipped learner by learner."""
-    module = BASELINES[name]
-    args = options(module, batch_size=10, lr=0.01, rho=0.2, max_grad_norm=0.05, **SMALL[name])
+    algorithm = BASELINES[name]
+    args = options(algorithm, batch_size=10, lr=0.01, rho=0.2, max_grad_norm=0.05, **SMALL[name])
     torch.manual_seed(0)
-    learners = module.make_learners(args, L, D, A, "cpu")
-    batches = module.sample_batch(random_data(L), args, L)
-    expected, norm = copy.deepcopy(learners), ma_bc.ObservationNorm(L, D)
+    learners = algorithm.make_learners(args, env_of(L))
+    batches = algorithm.sample_batch(random_data(L), args)
+    expected, norm = copy.deepcopy(learners), shared.ObservationNorm(L, D)
     adams = {k: torch.optim.Adam(expected[k].parameters(), 0.01) for k in ("policy", "critic")}
 
     def step(key, loss):
@@ -649,24 +711,25 @@ def test_update_steps_critics_then_policies_then_targets(name):
         if name == "ma_td3bc":
             step("critic", ma_td3bc.critic_loss(critic, *targets, batch, args.gamma, 0.2, 0.5))
         else:
-            step("critic", ma_cql.critic_loss(critic, targets[0], policy, targets[1], batch, args)[0])
-    step("policy", module.policy_loss(policy, critic, batch, args.alpha if name == "ma_td3bc" else args)[0])
+            step("critic", shared.cql_loss(critic, targets[0], policy, targets[1], batch, args)[0])
+    policy_loss = {"ma_td3bc": ma_td3bc, "ma_cql": ma_cql, "omar": omar}[name].policy_loss
+    step("policy", policy_loss(policy, critic, batch, args.alpha if name == "ma_td3bc" else args)[0])
     for key in ("policy", "critic"):
         for target, source in zip(expected[f"target_{key}"].parameters(), expected[key].parameters(), strict=True):
             target.data = 0.8 * target.data + 0.2 * source.data
 
-    module.update(learners, module.make_optimizers(args, learners), batches, args)
+    algorithm.update(learners, algorithm.make_optimizers(args, learners), batches, args)
     for (key, actual), value in zip(learners.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_omar_with_all_weight_on_the_sampler_moves_towards_its_action():
     """A critic that peaks at a known action: after training, the policy is there."""
-    args = options(omar, omar_coe=1.0, action_penalty=0.0, omar_samples=30, lr=0.01)
-    policy = networks(ma_bc.Policy, 1, D, A, (16,)).float()
+    args = options(OMAR, omar_coe=1.0, action_penalty=0.0, omar_samples=30, lr=0.01)
+    policy = networks(shared.Policy, 1, D, A, (16,)).float()
     peak = torch.tensor([0.5, -0.4])
 
-    critic = SimpleNamespace(first=lambda obs, actions: -20 * (actions - peak).square().sum(-1))
+    critic = SimpleNamespace(q1=lambda obs, action: -20 * (action - peak).square().sum(-1))
     optimizer = torch.optim.Adam(policy.parameters(), 0.01)
     torch.manual_seed(0)
     for _ in range(150):
@@ -677,7 +740,32 @@ def test_omar_with_all_weight_on_the_sampler_moves_towards_its_action():
     assert (policy(torch.randn(1, 100, D)) - peak).norm(dim=-1).mean() < 0.15
 
 
-# ---- scripts ----
+# ---- Diffusion-QL ----
+
+
+def test_diffusion_ql_draws_noise_for_every_step_of_its_chains():
+    args = options(MA_DIFFUSION_QL, num_seeds=2, diffusion_steps=3)
+    batch = MA_DIFFUSION_QL.sample_batch(random_data(3), args)
+    assert batch.target_noise.shape == batch.policy_noise.shape == (6, B, 3 * A) and batch.eps.shape == (6, B, A)
+    for noise in (batch.target_noise, batch.policy_noise):
+        assert len(noise.unique()) == noise.numel()
+    grid = torch.tensor(dom2_mpe.time_grid(3))
+    assert ((batch.tau[..., None] - grid).abs().amin(-1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("scenario", ALL_SCENARIOS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_diffusion_ql_learns_as_dom2_but_for_what_makes_it_dom2(scenario, dataset):
+    dom2 = (dom2_mamujoco if scenario == "HalfCheetah" else dom2_mpe).DOM2.args(scenario, dataset)
+    groups = dom2_mpe.TrainingArgs, dom2_mpe.NetworkArgs
+    expected = {field.name: getattr(dom2, field.name) for group in groups for field in fields(group)}
+    expected |= {"zeta": 0.0, "prediction": "noise", "augment": False}
+    args = asdict(MA_DIFFUSION_QL.args(scenario, dataset))
+    assert {name: args[name] for name in expected} == expected
+    assert args["eval_candidates"] == 1 and args["shift"] == dom2.shift
+
+
+# ---- runs ----
 
 
 TINY = {"num_seeds": 2, "updates": 4, "batch_size": 25, "eval_interval": 4, "eval_episodes": 3, "cuda": False}
@@ -687,26 +775,27 @@ TINY = {"num_seeds": 2, "updates": 4, "batch_size": 25, "eval_interval": 4, "eva
 def tiny(tmp_path, data_dir, pretrained):
     """tiny(name, scenario): options of a run on 20 episodes."""
 
-    def tiny(name, scenario="simple_spread", **changes):
+    def tiny(name, scenario="simple_spread", dataset="medium", **changes):
         places = {"data_dir": str(data_dir), "run_dir": str(tmp_path / "runs")}
-        if len(SCENARIOS[scenario].agents) > SCENARIOS[scenario].num_controlled:
+        if scenario in SCENARIOS and len(SCENARIOS[scenario].agents) > SCENARIOS[scenario].num_controlled:
             places["prey"] = str(pretrained / f"{scenario}.pt")
         small = SMALL[name] | ({"window": 25} if name == "ma_sfbc" else {})
-        return {"scenario": scenario, "dataset": "medium"} | TINY | small | places | changes
+        return BASELINES[name].args(scenario, dataset, **TINY | small | places | changes)
 
     return tiny
 
 
-def run(name, options):
-    module = BASELINES[name]
-    args = module.Args(**options)
-    return ma_bc.family(args).train(args, module)
+def go_on(name, folder, **changes):
+    """The run in `folder` continued, or evaluated again, with some options changed."""
+    stored, _ = load_checkpoint(folder, BASELINES[name])
+    return train(replace(stored, **changes), BASELINES[name])
 
 
 @every_baseline
 @pytest.mark.parametrize("scenario", ["simple_spread", "simple_tag"])
 def test_whole_run(name, scenario, tiny, tmp_path, capsys):
-    results = run(name, tiny(name, scenario))
+    algorithm = BASELINES[name]
+    results = train(tiny(name, scenario), algorithm)
     assert results["algorithm"] == name and results["scenario"] == scenario
     for shift in ("none", "speed"):
         returns = torch.tensor(results["returns"][shift])
@@ -714,15 +803,14 @@ def test_whole_run(name, scenario, tiny, tmp_path, capsys):
     (folder,) = (tmp_path / "runs").iterdir()
     assert json.loads((folder / "results.json").read_text())["returns"] == results["returns"]
     assert f"{name.upper()} on {scenario}/medium" in capsys.readouterr().out
-    candidates = {"eval_candidates": 4} if name == "ma_sfbc" else {}
-    again = run(name, {"eval_only": str(folder), "eval_episodes": 3, "cuda": False, **candidates})
+    again = go_on(name, folder, eval_only=str(folder), eval_episodes=3)
     assert again["returns"] == results["returns"]
     if name == "ma_sfbc":
-        at_random = run(name, {"eval_only": str(folder), "eval_episodes": 3, "eval_alpha": 0.0, "cuda": False})
+        at_random = go_on(name, folder, eval_only=str(folder), eval_alpha=0.0)
         assert at_random["settings"]["eval_alpha"] == 0 and at_random["returns"] != results["returns"]
     env, played = parallel_env(scenario), []
     for seed in (0, 1):
-        policy, (obs, _) = dom2_mpe.load_policy(folder, seed, BASELINES[name]), env.reset(seed=0)
+        policy, (obs, _) = TrainedPolicy(folder, seed, algorithm=algorithm), env.reset(seed=0)
         actions = policy(obs)
         assert all(env.action_space(agent).contains(actions[agent]) for agent in env.agents)
         env.step(actions)
@@ -730,121 +818,191 @@ def test_whole_run(name, scenario, tiny, tmp_path, capsys):
     assert played[0] != played[1]
 
 
+@pytest.fixture(scope="module")
+def cheetah(tmp_path_factory, collect):
+    """Folder with two episodes of HalfCheetah, to read only."""
+    folder = tmp_path_factory.mktemp("cheetah")
+    collect("HalfCheetah", "random", folder, num_transitions=2_000)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "omar" else pytest.param(name, marks=pytest.mark.slow) for name in BASELINES]
+)
+def test_whole_run_on_half_cheetah(name, tiny, cheetah, tmp_path):
+    args = tiny(name, "HalfCheetah", "random", data_dir=str(cheetah), eval_episodes=1, shift=("extreme",))
+    results = train(args, BASELINES[name])
+    for shift in ("none", "extreme"):
+        returns = torch.tensor(results["returns"][shift])
+        assert returns.shape == (2,) and returns.isfinite().all() and returns[0] != returns[1]
+    assert results["data"]["transitions"] == 2_000
+    (folder,) = (tmp_path / "runs").iterdir()
+    env = common.make_env("HalfCheetah")
+    actions = TrainedPolicy(folder, algorithm=BASELINES[name])(
+        {agent: torch.zeros(env.obs_size) for agent in env.agents}
+    )
+    assert [action.shape for action in actions.values()] == [(3,), (3,)]
+    assert all(abs(action).max() <= 1 for action in actions.values())
+
+
 @every_baseline
 def test_resume_continues_bit_for_bit(name, tiny, tmp_path):
-    whole = run(name, tiny(name, run_dir=str(tmp_path / "whole")))
-    run(name, tiny(name, updates=2))
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert run(name, {"resume": str(folder), "updates": 4, "cuda": False})["returns"] == whole["returns"]
+    whole = train(tiny(name, run_dir=str(tmp_path / "whole")), BASELINES[name])
+    train(tiny(name, updates=2), BASELINES[name])
+    (whole_folder,), (folder,) = ((tmp_path / runs).iterdir() for runs in ("whole", "runs"))
+    assert go_on(name, folder, resume=str(folder), updates=4)["returns"] == whole["returns"]
+    expected, found = (load_checkpoint(path, BASELINES[name])[1] for path in (whole_folder, folder))
+    assert found["updates"] == 4 and torch.equal(found["rng"], expected["rng"])
+    for key, value in expected["learners"].items():
+        assert torch.equal(found["learners"][key], value), key
+    for optimizer, state in expected["optimizers"].items():
+        for i, moments in state["state"].items():
+            for key, value in moments.items():
+                assert torch.equal(found["optimizers"][optimizer]["state"][i][key], value), (optimizer, i, key)
 
 
-@every_baseline
+def words_of(args, *names):
+    """The options `names` as words of a command line."""
+    words = []
+    for name in names:
+        value = getattr(args, name)
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        else:
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "madiff" else pytest.param(name, marks=pytest.mark.slow) for name in BASELINES]
+)
 def test_script_in_its_own_process(name, tiny, tmp_path):
-    """Started from anywhere, it writes into the folder it was started in alone and logs what update returns."""
-    options = {k: v for k, v in tiny(name, num_seeds=1, updates=2).items() if k not in ("cuda", "run_dir")}
-    words = ["--no-cuda"]
-    for key, value in options.items():
-        words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    """Started from anywhere, it writes into the folder it was started in alone."""
+    args = tiny(name, num_seeds=1, updates=2)
+    words = words_of(args, "scenario", "dataset", "data_dir", *sorted(TINY | SMALL[name]))
     script = common.ROOT / "baselines" / f"{name}.py"
     done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"] and f"{name.upper()} on" in done.stdout
 
 
+class Enough(Exception):
+    """Raised to end a training that has shown what a test wants to see."""
+
+
+def data_of(algorithm, args):
+    """The dataset that training hands to `sample_batch`."""
+
+    def sample_batch(data, args):
+        seen.append(data)
+        raise Enough
+
+    seen = []
+    with pytest.raises(Enough):
+        train(args, algorithm._replace(sample_batch=sample_batch))
+    return seen[0]
+
+
 @every_baseline
-def test_augmentation_is_off_unless_asked_for(name, tiny, monkeypatch):
-    module, sampled = BASELINES[name], []
-    original = module.sample_batch
-
-    def spy(data, args, num_learners):
-        sampled.append(data.episodes)
-        return original(data, args, num_learners)
-
-    monkeypatch.setattr(module, "sample_batch", spy)
-    run(name, tiny(name, updates=1))
-    assert torch.equal(sampled[0], torch.arange(20))
-    run(name, tiny(name, updates=1, augment=True, quantiles=(0.5,)))
-    assert len(sampled[1]) == 30
+def test_augmentation_is_off_unless_asked_for(name, tiny):
+    algorithm = BASELINES[name]
+    assert torch.equal(data_of(algorithm, tiny(name)).episodes, torch.arange(20))
+    data = data_of(algorithm, tiny(name, augment=True, quantiles=(0.5,)))
+    assert len(data.episodes) == 30
+    assert torch.equal(data.episodes, augment(data.returns, [data.returns.quantile(0.5)]))
 
 
 @every_baseline
-def test_rewards_are_those_of_the_publication(name, tiny, monkeypatch, data_dir):
-    module, seen = BASELINES[name], []
-    original = module.sample_batch
-
-    def spy(data, args, num_learners):
-        seen.append(data.rows[:, :, -data.obs_size - 2])
-        return original(data, args, num_learners)
-
-    monkeypatch.setattr(module, "sample_batch", spy)
-    run(name, tiny(name, updates=1))
-    raw = common.load_dataset(data_dir, "simple_spread", "medium", 18, 2, 3, 25).rows[:, :, -20]
+def test_rewards_are_those_of_the_publication(name, tiny, data_dir):
+    args = tiny(name)
+    found = data_of(BASELINES[name], args).reward
+    env = common.make_env("simple_spread")
+    raw = common.load_dataset(data_dir, "simple_spread", "medium", env).reward
     if name in ("ma_td3bc", "ma_cql", "omar"):
-        assert torch.equal(seen[0], raw)
+        assert torch.equal(found, raw)
     else:
-        close(seen[0].mean(), 0, 1e-4)
-        close(seen[0].std(), 0.2 if name == "ma_sfbc" else 1, 1e-4)
+        close(found.mean(), 0, 1e-4)
+        close(found.std(), 0.2 if name == "ma_sfbc" else 1, 1e-4)
+    assert torch.equal(found, load_data(args, env, None).reward)
+
+
+# ---- settings and options ----
 
 
 @every_baseline
-@pytest.mark.parametrize("scenario", ALL_SCENARIOS)
-@pytest.mark.parametrize("dataset", common.DATASETS)
-def test_settings_are_valid_and_the_command_line_wins(name, scenario, dataset):
-    module = BASELINES[name]
-    args = module.resolve(module.Args(scenario=scenario, dataset=dataset))
-    open_by_choice = {"thresholds", "prey", "resume", "eval_only", "agent_conf"}
-    assert {field.name for field in fields(args) if getattr(args, field.name) is None} == open_by_choice
-    assert not args.augment
-    assert module.resolve(module.Args(scenario=scenario, dataset=dataset, updates=7)).updates == 7
+def test_settings_are_valid_and_the_command_line_wins(name):
+    algorithm = BASELINES[name]
+    assert algorithm.settings.keys() == {(scenario, dataset) for scenario in ALL_SCENARIOS for dataset in DATASETS}
+    for (scenario, dataset), settings in algorithm.settings.items():
+        args = algorithm.args(scenario, dataset)
+        assert all(getattr(args, option) == value for option, value in settings.items())
+        open_by_choice = {"thresholds", "prey", "resume", "eval_only", "agent_conf"}
+        assert {field.name for field in fields(args) if getattr(args, field.name) is None} == open_by_choice
+        assert not args.augment
+        assert replace(args, updates=7) == algorithm.args(scenario, dataset, updates=7)
+    words = ["--scenario", "simple_world", "--dataset", "medium-replay", "--updates", "7", "--augment"]
+    assert parse(algorithm, "", words) == algorithm.args("simple_world", "medium-replay", updates=7, augment=True)
 
 
-@pytest.mark.parametrize(
-    "scenario, dataset, updates, cql_alpha, omar_coe",
-    [
-        ("simple_spread", "random", 6_000, 0.5, 1.0),
-        ("simple_spread", "medium-replay", 2_000, 1.0, 1.0),
-        ("simple_spread", "expert", 2_000, 5.0, 1.0),
-        ("simple_tag", "medium-replay", 1_000, 0.5, 0.9),
-        ("simple_tag", "medium", 2_000, 5.0, 0.7),
-        ("simple_world", "medium-replay", 1_000, 1.0, 0.7),
-        ("simple_world", "medium", 1_000, 0.5, 0.1),
-        ("simple_world", "expert", 1_000, 5.0, 0.9),
-        ("HalfCheetah", "medium-replay", 10_000, 5.0, 0.9),  # of the published settings only cql_alpha and omar_coe
-        ("HalfCheetah", "expert", 10_000, 5.0, 0.5),
-    ],
-)
-def test_settings_of_omar_are_the_published_ones(scenario, dataset, updates, cql_alpha, omar_coe):
-    args = omar.resolve(omar.Args(scenario=scenario, dataset=dataset))
-    assert (args.updates, args.cql_alpha, args.omar_coe) == (updates, cql_alpha, omar_coe)
-    cql = ma_cql.resolve(ma_cql.Args(scenario=scenario, dataset=dataset))
+# Published with OMAR; on HalfCheetah only cql_alpha and omar_coe are.
+OMAR_PUBLISHED = {
+    ("simple_spread", "random"): dict(updates=6_000, cql_alpha=0.5, omar_coe=1.0),
+    ("simple_spread", "medium-replay"): dict(updates=2_000, cql_alpha=1.0, omar_coe=1.0),
+    ("simple_spread", "expert"): dict(updates=2_000, cql_alpha=5.0, omar_coe=1.0),
+    ("simple_tag", "medium-replay"): dict(updates=1_000, cql_alpha=0.5, omar_coe=0.9),
+    ("simple_tag", "medium"): dict(updates=2_000, cql_alpha=5.0, omar_coe=0.7),
+    ("simple_world", "medium-replay"): dict(updates=1_000, cql_alpha=1.0, omar_coe=0.7),
+    ("simple_world", "medium"): dict(updates=1_000, cql_alpha=0.5, omar_coe=0.1),
+    ("simple_world", "expert"): dict(updates=1_000, cql_alpha=5.0, omar_coe=0.9),
+    ("HalfCheetah", "medium-replay"): dict(updates=10_000, cql_alpha=5.0, omar_coe=0.9),
+    ("HalfCheetah", "expert"): dict(updates=10_000, cql_alpha=5.0, omar_coe=0.5),
+}
+
+
+@pytest.mark.parametrize("scenario, dataset", OMAR_PUBLISHED)
+def test_settings_of_omar_are_the_published_ones(scenario, dataset):
+    settings, published = OMAR.settings[scenario, dataset], OMAR_PUBLISHED[scenario, dataset]
+    assert {name: settings[name] for name in published} == published
+    args, cql = OMAR.args(scenario, dataset), MA_CQL.args(scenario, dataset)
     chosen_here = {"batch_norm"}
     assert all(getattr(cql, f.name) == getattr(args, f.name) for f in fields(cql) if f.name not in chosen_here)
-    assert args.updates == 2 * ma_td3bc.resolve(ma_td3bc.Args(scenario=scenario, dataset=dataset)).updates
+    assert args.updates == 2 * MA_TD3BC.args(scenario, dataset).updates
     assert args.batch_size == (256 if scenario == "HalfCheetah" else 1024) and args.max_grad_norm == 0.5
 
 
-def test_error_ends_the_process_with_exit_code_2(tmp_path):
+def test_landmarks6_has_the_settings_of_simple_spread_and_its_own_shift():
+    for algorithm in (MA_BC, MA_TD3BC, MA_CQL, OMAR, MA_SFBC, MADIFF):
+        for dataset in DATASETS:
+            expected = algorithm.settings["simple_spread", dataset] | {"shift": ("dismiss",)}
+            assert algorithm.settings["landmarks6", dataset] == expected
+
+
+def test_error_ends_the_process_with_exit_code_2(tmp_path, capsys):
     script = common.ROOT / "baselines" / "omar.py"
-    done = subprocess.run([sys.executable, script, "--dataset", "best"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --dataset best: unknown; choose one of random")
+    words = ["--omar-elites", "11"]
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --omar-elites 11: must be at most --omar-samples 10\n"
+    with pytest.raises(SystemExit) as stop:
+        parse(OMAR, "", ["--omar-coe", "1.5"])
+    assert stop.value.code == 2 and "--omar-coe 1.5: must be in [0, 1]" in capsys.readouterr().err
 
 
-def test_help_explains_every_option_of_every_baseline(capsys, monkeypatch):
-    for name, module in BASELINES.items():
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
-        with pytest.raises(SystemExit) as stop:
-            module.main()
-        assert stop.value.code == 0
-        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        for field in fields(module.Args):
-            assert f"-{field.name.replace('_', '-')} " in text, field.name
+@every_baseline
+def test_help_explains_every_option(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(BASELINES[name], "what it is", ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in fields(BASELINES[name].Args):
+        assert f"-{field.name.replace('_', '-')} " in text, field.name
 
 
 BAD = [
     *((name, option, value) for name in BASELINES for option, value in (("updates", 0), ("batch_size", 0))),
     *((name, "dataset", "best") for name in BASELINES),
     *((name, "scenario", "simple_speaker") for name in BASELINES),
-    *((name, "shift", "wind") for name in BASELINES),
+    *((name, "shift", ("wind",)) for name in BASELINES),
     *((name, "quantiles", (1.5,)) for name in BASELINES),
     ("ma_bc", "lr", 0.0),
     ("ma_bc", "widths", ()),
@@ -855,6 +1013,7 @@ BAD = [
     ("ma_cql", "lr", math.inf),
     ("ma_cql", "cql_alpha", -1.0),
     ("ma_cql", "cql_actions", 0),
+    ("ma_cql", "cql_policy_actions", -1),
     ("ma_cql", "cql_noise", 0.0),
     ("ma_cql", "rho", 0.0),
     ("omar", "omar_coe", 1.1),
@@ -868,50 +1027,49 @@ BAD = [
     ("ma_sfbc", "alpha", math.inf),
     ("ma_sfbc", "plan_candidates", 0),
     ("ma_sfbc", "eval_candidates", 0),
-    ("ma_sfbc", "beta_max", 0.1),
+    ("ma_sfbc", "beta_max", -0.1),
+    ("ma_sfbc", "noise_net", "unet"),
     ("madiff", "horizon", 1),
     ("madiff", "width", 3),
     ("madiff", "num_blocks", 0),
     ("madiff", "batch_size", 1),
     ("madiff", "return_dropout", 1.5),
     ("madiff", "guidance", -1.0),
-    ("madiff", "beta_max", 0.1),
+    ("madiff", "beta_max", math.inf),
+    ("ma_diffusion_ql", "eval_candidates", 0),
+    ("ma_diffusion_ql", "prediction", "score"),
 ]
 
 
 @pytest.mark.parametrize("name, option, value", BAD)
-def test_options_without_a_meaning_are_refused(name, option, value, tmp_path):
-    module = BASELINES[name]
-    args = module.Args(**{"scenario": "simple_spread", "run_dir": str(tmp_path / "runs"), option: value})
+def test_options_without_a_meaning_are_refused(name, option, value):
     with pytest.raises(UserError) as error:
-        ma_bc.family(args).train(args, module)
+        BASELINES[name].args(**{"scenario": "simple_spread", option: value})
     assert f"--{option.replace('_', '-')}" in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("option", ["resume", "eval_only"])
-def test_a_run_belongs_to_the_family_of_its_own_scenario(option, tmp_path, monkeypatch):
-    robots = ModuleType("dom2_mamujoco")
-    monkeypatch.setitem(sys.modules, "dom2_mamujoco", robots)
-    args = omar.Args(scenario="simple_tag", **{option: str(tmp_path)})
-    for contents, family in (
-        ('{"scenario": "HalfCheetah"}', robots),
-        ('{"scenario": "simple_tag"}', dom2_mpe),
-        ("{", dom2_mpe),
-    ):
-        (tmp_path / "config.json").write_text(contents)
-        assert ma_bc.family(args) is family
-    assert ma_bc.family(omar.Args(scenario="HalfCheetah")) is robots
-    for module in BASELINES.values():  # and where the folder is none of a run
-        with pytest.raises(UserError, match="checkpoint"):
-            ma_bc.family(args).train(module.Args(**{option: str(tmp_path)}), module)
 
 
 @every_baseline
-def test_runs_of_another_algorithm_are_refused(name, tiny, tmp_path):
-    other = "ma_bc" if name != "ma_bc" else "madiff"
-    run(other, tiny(other, updates=1))
-    (folder,) = (tmp_path / "runs").iterdir()
+def test_a_folder_without_a_run_is_refused(name, tmp_path):
     for option in ("resume", "eval_only"):
         with pytest.raises(UserError, match="checkpoint"):
-            run(name, {option: str(folder), "cuda": False})
+            train(BASELINES[name].args(**{option: str(tmp_path)}), BASELINES[name])
+        with pytest.raises(UserError, match="checkpoint"):
+            parse(BASELINES[name], "", [f"--{option.replace('_', '-')}", str(tmp_path)])
+
+
+@pytest.mark.parametrize("trained_as", ["ma_cql", "dom2"])
+def test_runs_of_another_algorithm_are_refused(trained_as, tiny, tmp_path):
+    """Also those whose networks and options would fit, as MA-CQL's fit OMAR and DOM2's fit MA-Diffusion-QL."""
+    if trained_as == "dom2":
+        args, algorithm = tiny("ma_diffusion_ql", updates=1, prediction="action"), dom2_mpe.DOM2
+        names = {field.name for field in fields(algorithm.Args)}
+        args = algorithm.Args(**{name: value for name, value in asdict(args).items() if name in names})
+    else:
+        args, algorithm = tiny(trained_as, updates=1), BASELINES[trained_as]
+    train(args, algorithm)
+    (folder,) = (tmp_path / "runs").iterdir()
+    for name in BASELINES.keys() - {trained_as}:
+        with pytest.raises(UserError, match="checkpoint"):
+            load_checkpoint(folder, BASELINES[name])
+        with pytest.raises(UserError, match="checkpoint"):
+            train(BASELINES[name].args(resume=str(folder)), BASELINES[name])
