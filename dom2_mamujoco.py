@@ -39,7 +39,7 @@ from mamujoco_env import SCENARIOS
 from run import Algorithm, Run, parse
 from utils import options
 from utils.data import load_data
-from utils.options import Count, DatasetName, Discount, Share, Weight, Widths
+from utils.options import Count, DatasetName, Discount, Natural, Share, Weight, Widths
 from utils.policies import TrainedPolicy
 from utils.program import UserError, program
 
@@ -54,7 +54,7 @@ class DataArgs(options.DataArgs):
     """the robot"""
     agent_conf: str | None = None
     """partition of its joints among agents, such as 6x1; default: two agents (Hopper 3, ManySegmentSwimmer 10)"""
-    agent_obsk: int = 0
+    agent_obsk: Natural = 0
     """an agent sees its own joints, and the angles of those at most so many joints away"""
 
 

@@ -147,7 +147,8 @@ class MujocoEnv:
         self.agents, self.num_agents, self.action_size = tuple(env.possible_agents), len(joints), len(joints[0])
         self._joints = np.array(joints).flatten()
         self.episode_steps = env.single_agent_env.get_wrapper_attr("_max_episode_steps")
-        self.obs_size = max(env.observation_space(agent).shape[0] for agent in env.possible_agents)
+        self.obs_sizes = tuple(env.observation_space(agent).shape[0] for agent in env.possible_agents)
+        self.obs_size = max(self.obs_sizes)
         self.state_size = len(env.state())
         self.ratios = np.ones((num_envs, 3))  # drawn gear, torso and friction
         self.seed(seed)

@@ -303,7 +303,9 @@ class TeamEnv:
     def __init__(self, scenario, num_envs, shift=None, device="cpu", seed=0, prey=None):
         self.world, self.prey = ParticleEnv(scenario, num_envs, shift, device, seed=seed), prey
         spec = self.world.spec
-        self.num_envs, self.num_agents, self.obs_size = num_envs, spec.num_controlled, self.world.obs_sizes[0]
+        self.num_envs, self.num_agents = num_envs, spec.num_controlled
+        self.obs_sizes = self.world.obs_sizes[: self.num_agents]
+        self.obs_size = max(self.obs_sizes)
         self.agents, self.device = spec.agents[: spec.num_controlled], self.world.device
         self.terminated = torch.zeros(num_envs, dtype=torch.bool, device=self.device)  # nothing ever terminates
 

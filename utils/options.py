@@ -17,6 +17,7 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+Natural = Annotated[int, Rule("at least 0", lambda x: x >= 0)]
 Count = Annotated[int, Rule("at least 1", lambda x: x >= 1)]
 Weight = Annotated[float, Rule("finite and not negative", lambda x: 0 <= x < float("inf"))]
 Share = Annotated[float, Rule("in (0, 1]", lambda x: 0 < x <= 1)]
@@ -25,6 +26,7 @@ Widths = Annotated[tuple[int, ...], Rule("at least one width, each at least 1", 
 Quantiles = Annotated[tuple[float, ...], Rule("numbers in [0, 1]", lambda x: all(0 <= q <= 1 for q in x))]
 Thresholds = Annotated[tuple[float, ...] | None, Rule("numbers", lambda x: x is None or all(r == r for r in x))]
 DatasetName = Literal["random", "random-medium", "medium-replay", "medium", "medium-expert", "expert"]
+Shift = Literal["none", "speed", "dismiss", "random", "extreme"]
 Seed = Annotated[int, Rule("from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)]
 
 
@@ -93,7 +95,7 @@ class EvaluationArgs(Options):
     """updates between evaluations in the standard environment"""
     eval_episodes: Count = 1_000
     """episodes per seed of every evaluation"""
-    shift: tuple[str, ...] = ("speed",)
+    shift: tuple[Shift, ...] = ("speed",)
     """shifted environments of the final evaluation"""
 
 

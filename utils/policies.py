@@ -21,7 +21,7 @@ def as_tensor(x) -> Tensor:
     """An array of any float or integer type, byte order and strides, or a tensor, as a float32 tensor on the CPU."""
     if isinstance(x, Tensor):
         return x.detach().to("cpu", torch.float32)
-    return torch.from_numpy(np.ascontiguousarray(x, np.float32))
+    return torch.from_numpy(np.array(x, np.float32, order="C"))  # a copy, as x may be read-only
 
 
 class TrainedPolicy:
@@ -36,9 +36,14 @@ class TrainedPolicy:
             raise UserError(f"seed_index {seed_index}: {path} holds {args.num_seeds} seeds")
         self.args, self.algorithm, self.prey = replace(args, num_seeds=1), algorithm, checkpoint["prey"]
         env = common.make_env(common.task_name(args))
-        self.agents, self.sizes = env.agents, dict.fromkeys(env.agents, env.obs_size)
+        self.agents, self.obs_size, self.sizes = (
+            env.agents,
+            env.obs_size,
+            dict(zip(env.agents, env.obs_sizes, strict=True)),
+        )
         if self.prey is not None:
-            (self.prey_name,) = SCENARIOS[args.scenario].agents[len(self.agents) :]
+            self.prey_name = SCENARIOS[args.scenario].agents[-1]
+            self.sizes[self.prey_name] = self.prey["fc1.weight"].shape[1]
         self.learners = algorithm.make_learners(self.args, env)
         # the learner axis is seed-major: cut out this seed's agents
         chosen = {k: v.unflatten(0, (args.num_seeds, -1))[seed_index] for k, v in checkpoint["learners"].items()}
@@ -46,10 +51,20 @@ class TrainedPolicy:
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def __call__(self, observations: dict) -> dict:
-        obs = [as_tensor(observations[name]) for name in self.agents]
-        obs = torch.stack([F.pad(x, (0, self.sizes[name] - len(x))) for name, x in zip(self.agents, obs, strict=True)])
-        actions = self.algorithm.act(self.learners, obs[:, None], self.args, self.generator)[:, 0]
+        """{agent: observation [d_i]} -> {agent: action [A], float32}.
+
+        Raises:
+            UserError: an agent is missing or unknown, or an observation has another size than its agent's.
+        """
+        if observations.keys() != self.sizes.keys():
+            raise UserError(f"observations of {', '.join(observations)}: expected {', '.join(self.sizes)}")
+        obs = {name: as_tensor(x) for name, x in observations.items()}
+        for name, size in self.sizes.items():
+            if obs[name].shape != (size,):
+                raise UserError(f"observation of {name} has shape {tuple(obs[name].shape)}, expected ({size},)")
+        stacked = torch.stack([F.pad(obs[name], (0, self.obs_size - self.sizes[name])) for name in self.agents])
+        actions = self.algorithm.act(self.learners, stacked[:, None], self.args, self.generator)[:, 0]
         named = dict(zip(self.agents, actions.numpy(), strict=True))
         if self.prey is not None:
-            named[self.prey_name] = policy_action(self.prey, as_tensor(observations[self.prey_name])).numpy()
+            named[self.prey_name] = policy_action(self.prey, obs[self.prey_name]).numpy()
         return named
