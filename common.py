@@ -10,17 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import mamujoco_env
 import particle_env
 from utils.arrays import REMEDY, load_array, read_metadata
 from utils.program import UserError
 
 ROOT = Path(__file__).resolve().parent
 DATASETS = ("random", "random-medium", "medium-replay", "medium", "medium-expert", "expert")
-# Shifted environments, which no policy is trained in; "none" is the standard one.
-# speed: particles; in every episode each agent's force and top speed are multiplied by v_j ~ U[v_min, 1] (Sec. 5.2)
-# dismiss: landmarks6; three of the six landmarks vanish (Figure 1)
-# random, extreme: MuJoCo; power, torso density and friction are drawn near or far from the standard ones (Sec. 5.3)
-SHIFTS = ("none", "speed", "dismiss", "random", "extreme")
 # (expert, random) mean returns of the published OMAR datasets, means over their five versions
 NORMALISATION = {
     "simple_spread": (516.8, 159.8),
@@ -35,8 +31,6 @@ def task_name(args) -> str:
     """Name of the environment that the options mean: the scenario or, for MuJoCo, robot and partition of its joints."""
     if args.scenario in particle_env.SCENARIOS:
         return args.scenario
-    import mamujoco_env  # needs MuJoCo, which the particle scenarios do without
-
     return mamujoco_env.task_name(args.scenario, args.agent_conf, args.agent_obsk)
 
 
@@ -46,14 +40,16 @@ def make_env(task: str, num_envs: int = 1, shift: str = "none", device="cpu", se
     Raises:
         UserError: there is no such scenario, partition or shift.
     """
+    scenarios = (*particle_env.SCENARIOS, *mamujoco_env.SCENARIOS)
+    if task.partition("-")[0] not in scenarios:
+        raise UserError(f"--scenario {task}: unknown; choose one of {', '.join(scenarios)}")
     try:
         if task in particle_env.SCENARIOS:
             return particle_env.TeamEnv(task, num_envs, shift, device, seed, prey)
-        import mamujoco_env
-
         return mamujoco_env.MujocoEnv(task, num_envs, shift, device, seed, render_mode)
     except ValueError as error:
-        raise UserError(f"--scenario {task}: {error}") from None
+        option = f"--scenario {task}" if shift == "none" else f"--shift {shift}"
+        raise UserError(f"{option}: {error}") from None
 
 
 def normalised_score(scenario: str, episode_return):

@@ -1,22 +1,23 @@
 """DOM2 (Diffusion Offline Multi-agent Model) on the particle environments, in one file.
 
-Every agent has its own diffusion policy and its own twin critics and learns from its own column of a fixed dataset:
-training and execution are decentralised. The paper (arXiv 2307.01472) in the order of this file:
+Every agent has its own diffusion policy and twin critics. It learns from its own part of a fixed dataset. Training and
+execution are decentralised. The paper (arXiv 2307.01472) in the order of this file:
 
     NoiseSchedule, dpm_solver                Sec. 4.1, Eq. 4     an action is Gaussian noise, denoised in a few steps
     MLPNoiseNet, ResidualNoiseNet            Sec. 5.4, Figure 8  the noise network
+    DiffusionPolicy, TwinCritic                                  network + solver; two Q-functions
     critic_loss                              Eq. 1               TD error + conservative (CQL) term
     diffusion_loss, q_loss                   Eq. 3, Eq. 5        stay near the data + prefer high Q
     augment                                  Algorithm 1         replicate high-return trajectories
     update, train                            Algorithm 2
 
-    python dom2_mpe.py --scenario simple_tag --dataset random            # trains, then prints the table
+    python dom2_mpe.py --scenario simple_tag --dataset random            # trains, evaluates, prints the returns
     python dom2_mpe.py --scenario simple_tag --dataset random --eta 0    # the diffusion policy alone: BC
 
-All learners train at once: a learner is one agent of one random seed, and every parameter, batch and loss has a
-leading learner axis. A linear layer of L learners is one batched matrix product, Algorithm 2's loop over agents
-disappears, and no learner's gradient touches another's. In shapes: L learners (seed-major: seed 0's agents first), S
-seeds, n agents, B minibatch, A = 2 action entries, d observation entries, K actions per observation, N denoising steps.
+All learners train at once. A learner is one agent of one random seed, and every parameter, batch and loss has a leading
+learner axis: a linear layer of L learners is one batched matrix product, and Algorithm 2's loop over agents disappears.
+No learner's gradient touches another's. In shapes: L = S n learners (seed 0's agents first), S seeds, n agents, B
+minibatch, A = 2 action entries, d observation entries, K actions per observation, N denoising steps, E worlds.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class DataArgs(options.DataArgs):
     scenario: Literal["simple_spread", "simple_tag", "simple_world", "landmarks6"] = "simple_tag"
     """cooperative navigation, predator-prey, World, or the six landmarks of Figure 1"""
     prey: str | None = None
-    """frozen prey of simple_tag and simple_world; default: pretrained/; for data from elsewhere give theirs"""
+    """file of the frozen prey of simple_tag and simple_world that the data was made with; default: in pretrained/"""
 
 
 @dataclass
@@ -62,7 +63,7 @@ class TrainingArgs(options.TrainingArgs):
     gamma: Discount = 0.95
     """discount factor; the time limit is not a terminal state"""
     rho: Share = 0.01
-    """target networks move by this share of the difference each update (Algorithm 2, line 8)"""
+    """target networks: target <- rho source + (1 - rho) target in every update (Algorithm 2, line 8)"""
     eta: Weight = 5.0
     """weight of the Q-loss in Eq. 5; 0 is behaviour cloning with a diffusion policy"""
     bc_weight: Weight = 1.0
@@ -82,11 +83,11 @@ class NetworkArgs(options.Options):
     beta_max: Weight = 10.0
     """noise schedule: beta at diffusion time 1; at time 0 it is 0.1"""
     prediction: Literal["action", "noise"] = "action"
-    """what the noise network predicts: the clean action through tanh, rewritten as a noise, or the noise itself"""
+    """what the network predicts: the clean action, as tanh(f), from which the solver's noise follows; or the noise"""
     noise_net: Literal["mlp", "residual"] = "mlp"
     """the MLP of Sec. 5.4's ablation, or the U-net-like network of Figure 8"""
     widths: Widths = (128, 128, 128)
-    """widths of the noise network's layers; of its downward half for residual"""
+    """widths of the noise network's layers; for residual, of its downward half"""
     critic_widths: Widths = (64, 64)
     """widths of the critics' hidden layers"""
 
@@ -97,12 +98,11 @@ class Args(DataArgs, TrainingArgs, NetworkArgs, options.EvaluationArgs, options.
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eta == 0 and self.bc_weight == 0:
+        if self.eta == self.bc_weight == 0:
             raise UserError("--eta 0 --bc-weight 0: nothing is left to learn from; give one of them a positive weight")
 
 
-# Where a dataset needs other values than the defaults above: found by experiment (docs/settings.md). An option on the
-# command line wins.
+# Options that a dataset needs other than by default, found by experiment (docs/settings.md); the command line wins.
 SETTINGS = {
     ("simple_spread", "random"): dict(updates=5_000, batch_size=1024, critic_widths=(128, 128), eta=60.0),
     ("simple_spread", "random-medium"): dict(critic_widths=(128, 128)),
@@ -160,16 +160,16 @@ class NoiseSchedule:
 
 
 def time_grid(num_steps: int) -> list[float]:
-    """Diffusion times tau_N = 1 > ... > tau_0 = 1e-3, uniform: N + 1 floats, in denoising order."""
+    """Uniform diffusion times in denoising order, N + 1 floats: tau_N = 1, ..., tau_0 = 1e-3 (sigma(0) = 0 divides)."""
     return [1e-3 + (1 - 1e-3) * i / num_steps for i in range(num_steps, -1, -1)]
 
 
 def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int, clip: bool = False) -> Tensor:
-    """First-order DPM-Solver from tau = 1 to 1e-3: the corrected Eq. 4, (3.7) in Lu et al. (2022).
+    """First-order DPM-Solver from tau = 1 to 1e-3: Eq. 4, corrected as in Eq. 3.7 of Lu et al. (2022).
 
     a_{i-1} = alpha_{i-1} / alpha_i a_i - sigma_{i-1} (alpha_{i-1} sigma_i / (alpha_i sigma_{i-1}) - 1) eps(a_i, tau_i)
 
-    The paper prints the second term with its indices swapped, which diverges. Differentiable through all steps.
+    The step as the paper prints it, with the second term's indices swapped, diverges. Gradients flow through all steps.
 
     Args:
         noise_fn: eps(a, tau) of noisy actions [..., A] and one diffusion time (a float) -> [..., A].
@@ -177,7 +177,7 @@ def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int,
         clip: clip the clean action that every step predicts to [-1, 1].
     """
     a = noise
-    for s, t in pairwise(time_grid(num_steps)):  # from tau_i = s to tau_{i-1} = t
+    for s, t in pairwise(time_grid(num_steps)):  # from tau_i = s to tau_{i-1} = t; the last one ends at tau_0
         alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
         eps = noise_fn(a, s)
         if clip:
@@ -192,7 +192,7 @@ def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int,
 
 
 class StackedLinear(nn.Module):
-    """L independent linear layers as one batched matrix product, [L, B, in] -> [L, B, out]; nn.Linear's own start."""
+    """L linear layers as one batched matrix product, [L, B, in] -> [L, B, out]; initialised like nn.Linear."""
 
     def __init__(self, num_learners: int, in_features: int, out_features: int):
         super().__init__()
@@ -207,7 +207,7 @@ class StackedLinear(nn.Module):
 
 
 class TimeFeatures(nn.Module):
-    """Random Fourier features of diffusion time (scale 30), 32 numbers: a float or times [L or 1, B] -> [L, B, 32]."""
+    """32 random Fourier features (scale 30) of diffusion time: times [L, B] -> [L, B, 32], a float -> [L, 1, 32]."""
 
     def __init__(self, num_learners: int):
         super().__init__()
@@ -232,6 +232,7 @@ class MLPNoiseNet(nn.Module):
 
     def forward(self, noisy_action: Tensor, obs: Tensor, t) -> Tensor:
         """noisy_action [L, B, A], obs [L, B, d], diffusion time t (a float or [L, B]) -> [L, B, A]."""
+        # the first layer on [action, obs, time], its three parts computed apart
         condition = self.obs_in(obs) + (self.time_in(self.time(t)) + self.action_in.bias)
         x = torch.baddbmm(condition, noisy_action, self.action_in.weight)
         for layer in self.layers:
@@ -270,8 +271,8 @@ class ResidualNoiseNet(nn.Module):
         self.condition = StackedLinear(L, c, c)
         self.down = nn.ModuleList(ResidualBlock(L, i, o, c) for i, o in pairwise([action_size, *widths]))
         self.middle = ResidualBlock(L, widths[-1], widths[-1], c)
-        up = list(reversed(widths))  # an upward block takes the block before it and the skip of equal width
-        self.up = nn.ModuleList(ResidualBlock(L, 2 * i, o, c) for i, o in pairwise(up))
+        # an upward block takes the block before it and the skip of equal width
+        self.up = nn.ModuleList(ResidualBlock(L, 2 * i, o, c) for i, o in pairwise(widths[::-1]))
         self.out = StackedLinear(L, 2 * widths[0], action_size)
 
     def forward(self, noisy_action: Tensor, obs: Tensor, t) -> Tensor:
@@ -293,14 +294,14 @@ NOISE_NETS = {"residual": ResidualNoiseNet, "mlp": MLPNoiseNet}
 
 
 class DiffusionPolicy(nn.Module):
-    """pi_theta_j(a | o) of every learner: a noise network and the solver that turns noise into an action.
+    """The policy pi(a | o) of every learner: a noise network and the solver that turns noise into an action.
 
-    With prediction="noise" the network's output is eps_theta. With prediction="action" it is a clean action a0 =
-    tanh(f), and eps_theta = (a - alpha a0) / sigma is the noise that this means: the same family of noise functions and
-    the same solver, but every predicted action lies in the action box, and at its border gradients do not vanish.
+    With prediction="noise" the network's output f is eps_theta. With prediction="action" it stands for a clean action
+    a0 = tanh(f), and the solver gets the noise eps_theta = (a - alpha a0) / sigma that this action implies. Every
+    predicted action then lies in [-1, 1], and no gradient is cut off by clipping it.
     """
 
-    solver = staticmethod(dpm_solver)
+    solver = staticmethod(dpm_solver)  # a subclass may have another one
 
     def __init__(self, net: nn.Module, schedule: NoiseSchedule, num_steps: int, prediction: str = "action"):
         super().__init__()
@@ -322,7 +323,7 @@ class DiffusionPolicy(nn.Module):
 class TwinCritic(nn.Module):
     """Q_phi^1 and Q_phi^2 of every learner: obs [L, B, d], action [L, B, A] -> [L, 2, B].
 
-    Parameters have leading axis 2 L, learner-major.
+    Parameters have a leading axis of size 2 L: rows 2 l and 2 l + 1 are learner l's.
     """
 
     def __init__(self, num_learners: int, obs_size: int, action_size: int, widths):
@@ -331,7 +332,7 @@ class TwinCritic(nn.Module):
         self.layers = nn.ModuleList(StackedLinear(2 * num_learners, i, o) for i, o in pairwise(sizes))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        twins = len(self.layers[0].weight) // len(obs)  # 2, or 1 in `q1`
+        twins = len(self.layers[0].weight) // len(obs)  # 2, or 1 where `q1` passes every second parameter
         x = torch.cat([obs, action], -1).repeat_interleave(twins, 0)  # [2 L, B, d + A]
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
@@ -350,11 +351,11 @@ def q_of_candidates(q, obs: Tensor, actions: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Losses, one number per learner: [L]. Their sum has each learner's own gradient.
+# Losses, one number per learner: [L]. The gradient of their sum is, for each learner, that of its own loss.
 
 
 class Batch(NamedTuple):
-    """A minibatch per learner, and every random number that its update needs."""
+    """A minibatch per learner, and every random number that its update needs: the losses draw none themselves."""
 
     obs: Tensor  # [L, B, d]
     action: Tensor  # [L, B, A]
@@ -374,7 +375,7 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float
     (r + gamma (1 - done) min_k Qbar_k(o', pibar(o')) - Q(o, a))^2
         + zeta (log sum_{10 uniform a~} exp Q(o, a~) - Q(o, a))
 
-    Returns the loss [L] and a dict of metrics [L].
+    Bars mark target networks. Returns the loss [L] and a dict of metrics [L].
     """
     with torch.no_grad():
         next_action = target_policy(batch.next_obs, batch.target_noise)
@@ -410,8 +411,8 @@ def diffusion_loss(policy: DiffusionPolicy, batch: Batch) -> Tensor:
 def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float):
     """The Q-loss of Eq. 5: -eta E[Q(o, pi(o))] / E[abs(Q(o, a))], through all denoising steps.
 
-    The paper prints the normaliser without abs, so that a negative mean Q flips the objective's sign. It is a constant
-    for the gradient. Q is the first of the twins, as in TD3. Returns the loss [L] and a dict of metrics [L].
+    The paper prints the normaliser without abs, so that a negative mean Q flips the objective's sign. The normaliser
+    gets no gradient. Q is the first of the twins, as in TD3. Returns the loss [L] and a dict of metrics [L].
     """
     action = policy(batch.obs, batch.policy_noise)
     q = critic.q1(batch.obs, action).mean(-1)  # [L]
@@ -426,26 +427,26 @@ def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float
 
 
 def augment(returns: Tensor, thresholds) -> Tensor:
-    """Algorithm 1: indices of the trajectories, each once and once more for every threshold that its return reaches.
+    """Algorithm 1: the indices of all trajectories, plus each index once for every threshold that its return reaches.
 
-    Returns [episodes] and K thresholds -> int64 indices [episodes + replicas]. Sampling these uniformly samples
+    Returns [episodes] and thresholds -> int64 indices [episodes + replicas]. Sampling these uniformly samples
     trajectory i with weight 1 + #{r_th <= returns[i]}; no data are copied.
     """
-    everything = torch.arange(len(returns), device=returns.device)
-    return torch.cat([everything, *(everything[returns >= r] for r in thresholds)])
+    episodes = torch.arange(len(returns), device=returns.device)
+    return torch.cat([episodes, *(episodes[returns >= r_th] for r_th in thresholds)])
 
 
 def sample_transitions(data: Dataset, args) -> tuple[Tensor, ...]:
-    """Algorithm 2, line 5: an independent minibatch for each learner, from its own agent's column of the dataset.
+    """Algorithm 2, line 5: an independent minibatch for each learner, from its own agent's part of the dataset.
 
-    Returns obs [L, B, d], action [L, B, A], reward [L, B], next_obs [L, B, d], done [L, B].
+    Returns obs [L, B, d], action [L, B, A], reward [L, B], next_obs [L, B, d], done [L, B], Dataset's first fields.
     """
-    n, device = len(data.obs), data.obs.device
-    L = args.num_seeds * n
-    row = data.index[torch.randint(len(data.index), (L, args.batch_size), device=device)]
-    row = (row + torch.arange(L, device=device)[:, None] % n * data.obs.shape[1]).flatten()  # in the agents' rows [n T]
-    columns = (data.obs, data.action, data.reward, data.next_obs, data.done)
-    return tuple(x.flatten(0, 1).index_select(0, row).unflatten(0, (L, args.batch_size)) for x in columns)
+    (n, T, _), device = data.obs.shape, data.obs.device
+    L, B = args.num_seeds * n, args.batch_size
+    step = data.index[torch.randint(len(data.index), (L, B), device=device)]  # of the (replicated) trajectories
+    agent = torch.arange(L, device=device)[:, None] % n
+    row = (agent * T + step).flatten()
+    return tuple(x.flatten(0, 1).index_select(0, row).unflatten(0, (L, B)) for x in data[:5])
 
 
 def sample_batch(data: Dataset, args: Args) -> Batch:
@@ -457,14 +458,14 @@ def sample_batch(data: Dataset, args: Args) -> Batch:
         *transitions,
         target_noise=torch.randn(L, B, A, device=device),
         random_actions=torch.rand(L, B, 10, A, device=device) * 2 - 1,
-        tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,  # of `time_grid`
+        tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,  # uniform over `time_grid`
         eps=torch.randn(L, B, A, device=device),
         policy_noise=torch.randn(L, B, A, device=device),
     )
 
 
 def make_learners(args: Args, env, policy_class=DiffusionPolicy) -> nn.ModuleDict:
-    """Policies, critics and their target copies, all with a leading learner axis (Algorithm 2, line 1).
+    """Policies, critics and their target copies of L = num_seeds * num_agents learners (Algorithm 2, line 1).
 
     Of `env` only num_agents, obs_size, action_size and device are read.
     """
@@ -482,7 +483,7 @@ def make_learners(args: Args, env, policy_class=DiffusionPolicy) -> nn.ModuleDic
 
 def adam(learners: nn.ModuleDict, **lr: float) -> dict[str, torch.optim.Optimizer]:
     """One Adam for each named network. Adam is elementwise: on stacked parameters it is one Adam per learner."""
-    options = {"fused": True, "capturable": next(learners.parameters()).is_cuda}  # as CUDA graphs need it
+    options = {"fused": True, "capturable": next(learners.parameters()).is_cuda}  # CUDA graphs need capturable
     return {name: torch.optim.Adam(learners[name].parameters(), lr[name], **options) for name in lr}
 
 
@@ -491,9 +492,9 @@ def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.opti
 
 
 def gradient_step(learners: nn.ModuleDict, optimizers: dict, name: str, loss: Tensor, max_norm: float) -> None:
-    """One step on network `name` down the losses [L] of all learners, each gradient's norm clipped to `max_norm`.
+    """One gradient step on network `name` for all learners' losses [L], each learner's gradient clipped to `max_norm`.
 
-    `max_norm` 0 clips nothing. The other networks in the loss get no gradient.
+    Only the parameters of that network get a gradient. `max_norm` 0 clips nothing.
     """
     parameters = list(learners[name].parameters())
     optimizers[name].zero_grad()
@@ -550,7 +551,7 @@ load_policy = partial(TrainedPolicy, algorithm=DOM2)
 
 @torch.no_grad()
 def evaluate(act, env, args) -> Tensor:
-    """One episode in every world of `env`, the worlds shared out over the S seeds' teams: team returns [S, E].
+    """One episode in every world of `env`, of which each seed's team plays in E = num_envs / S: team returns [S, E].
 
     `act` maps observations [L, E, d] and a torch.Generator to actions [L, E, A].
     """
@@ -568,14 +569,14 @@ def evaluate(act, env, args) -> Tensor:
 
 
 def train(args, algorithm: Algorithm = DOM2) -> dict:
-    """Algorithm 2 and the evaluations. A baseline is another value of `algorithm`. Returns what results.json holds."""
+    """Algorithm 2 and the evaluations; for a baseline, pass its Algorithm. Returns what results.json holds."""
     run = Run(args, algorithm)  # a new run, or the one that --resume or --eval-only names
     args, env = run.args, run.make_env(1)
     torch.manual_seed(args.seed)
     data = None if args.eval_only else load_data(args, env, run.prey)
-    if data is not None:  # line 2
+    if data is not None:
         thresholds = args.thresholds or data.returns.quantile(data.returns.new_tensor(args.quantiles)).tolist()
-        data = data.replicated(augment(data.returns, thresholds if args.augment else ()))
+        data = data.replicated(augment(data.returns, thresholds if args.augment else ()))  # line 2
     learners = algorithm.make_learners(args, env)  # line 1
     optimizers = algorithm.make_optimizers(args, learners)
 
@@ -590,7 +591,7 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
             if run.evaluates:
                 run.record("none", evaluate(run.act, run.evaluation_env("none"), args))
     for shift in ("none", *args.shift):
-        if shift not in run.returns:
+        if shift not in run.returns:  # training ends with an evaluation of "none"
             run.record(shift, evaluate(run.act, run.evaluation_env(shift), args))
     return run.finish(evaluate)
 

@@ -33,8 +33,8 @@ from utils.program import UserError, catch_signals, disk_errors, save_torch, wri
 from utils.provenance import git_commit, hardware, script_command
 
 # What may differ from a run's own options when it is continued or evaluated again.
-MACHINE = {"data_dir", "cuda", "compile", "run_dir", "resume", "eval_only", "capture_video", "track"}
-WITH_RESUME = MACHINE | {"updates", "lr", "actor_lr", "critic_lr", "eval_interval", "eval_episodes", "shift"}
+MACHINE = {"data_dir", "cuda", "compile", "resume", "eval_only", "capture_video"}
+WITH_RESUME = MACHINE | {"track", "updates", "lr", "actor_lr", "critic_lr", "eval_interval", "eval_episodes", "shift"}
 WITH_EVAL_ONLY = MACHINE | {"eval_episodes", "eval_candidates", "eval_alpha", "shift"}
 
 
@@ -106,17 +106,21 @@ class Run:
     def __init__(self, args, algorithm: Algorithm):
         self.started, self.algorithm, self.args, self.checkpoint = time.time(), algorithm, args, None
         self.task = common.task_name(args)
+        if args.resume and args.eval_only:
+            raise UserError(f"--eval-only {args.eval_only}: cannot be combined with --resume; give one of them")
         if args.resume or args.eval_only:
             self.path = Path(args.resume or args.eval_only)
             stored, self.checkpoint = load_checkpoint(self.path, algorithm)
             self._compare(stored)
-        if args.track and importlib.util.find_spec("wandb") is None:
+        if args.track and not args.eval_only and importlib.util.find_spec("wandb") is None:
             raise UserError("--track: wandb is not installed; run `pip install wandb`")
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         self.first_update = self.update = self.checkpoint["updates"] if self.checkpoint else 0
         self.returns, self.stats = {}, self.checkpoint["data"] if self.checkpoint else None
         self.prey = self.checkpoint["prey"] if self.checkpoint else scenario_prey(args)
         self.evaluates, self.stopped = False, []
+        for shift in ("none", *args.shift):  # an unknown one is noticed here, not after the training
+            self.make_env(1, shift)
 
     def _compare(self, stored) -> None:
         """Raise a UserError if an option differs from the run's own and can no longer be changed."""
@@ -249,6 +253,7 @@ class Run:
         num_learners = self.args.num_seeds * len(self.data.obs)
         self.check_finite(finite_state(self.learners, self.optimizers, num_learners), "a parameter")
         checkpoint = {
+            "algorithm": self.algorithm.name,
             "args": asdict(self.args),
             "updates": self.update,
             "learners": self.learners.state_dict(),

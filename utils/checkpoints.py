@@ -37,7 +37,7 @@ def locked(path: Path):
     Raises:
         UserError: another process holds it.
     """
-    lock = FileLock(path / "lock")
+    lock = FileLock(path / "lock", fallback_to_soft=False)  # a soft one would outlive a killed process
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -66,7 +66,8 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
         os.replace(previous, newest)
         print(f"warning: {error}; using the one before", file=sys.stderr)
     try:
-        if not {"updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"} <= checkpoint.keys():
+        needed = {"algorithm", "updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"}
+        if not needed <= checkpoint.keys() or checkpoint["algorithm"] != algorithm.name:
             raise KeyError
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
         return algorithm.Args(**options), checkpoint

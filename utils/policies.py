@@ -30,7 +30,7 @@ class TrainedPolicy:
     The agents of one seed act, and with them the frozen prey where the scenario has one.
     """
 
-    def __init__(self, path: str | Path, algorithm, seed_index: int = 0):
+    def __init__(self, path: str | Path, seed_index: int = 0, *, algorithm):
         args, checkpoint = load_checkpoint(path, algorithm)
         if not 0 <= seed_index < args.num_seeds:
             raise UserError(f"seed_index {seed_index}: {path} holds {args.num_seeds} seeds")

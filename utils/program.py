@@ -74,7 +74,12 @@ def catch_signals():
 
 @contextmanager
 def disk_errors(path: str | Path, remedy: str):
-    """Within the context an OSError becomes a UserError that names `path`; `remedy` is added if the disk is full."""
+    """Within the context an OSError becomes a UserError that names `path`; `remedy` is added if the disk is full.
+
+    Threads, in one of which TensorBoard writes, keep quiet about theirs: whoever waits for them raises it again.
+    """
+    hook = threading.excepthook
+    threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else hook(failed)
     try:
         yield
     except BrokenPipeError:
@@ -82,6 +87,8 @@ def disk_errors(path: str | Path, remedy: str):
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise UserError(f"{path}: {error.strerror or error}" + (f"; {remedy}" if full else "")) from None
+    finally:
+        threading.excepthook = hook
 
 
 def write_file(path: Path, contents, previous: Path | None = None) -> None:
