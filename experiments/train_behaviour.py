@@ -140,7 +140,8 @@ class TD3:
     def __init__(self, scenario: str, prey: dict[str, Tensor] | None, max_updates: int, seed: int, together=False):
         torch.manual_seed(seed)
         self.recipe = RECIPES[scenario]
-        self.env = EveryAgent(scenario, 16, seed) if together else behaviour_env(scenario, self.num_envs, seed, prey)
+        worlds = scenario, self.num_envs, seed
+        self.env = EveryAgent(*worlds) if together else behaviour_env(*worlds, prey)
         L = self.num_learners = self.env.num_agents
         self.obs_sizes = self.env.obs_sizes if together else (self.env.obs_size,) * L
         d, A = self.env.obs_size, self.env.action_size
@@ -153,9 +154,9 @@ class TD3:
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), 1e-3, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), 1e-3, fused=True)
-        steps = self.recipe.warmup_steps + max_updates
+        episodes = -(-(self.recipe.warmup_steps + max_updates) // self.env.episode_steps)
         self.widths = [d, A, 1, d, state_size, state_size]  # obs, action, reward, next_obs, state, next_state
-        self.buffer = torch.zeros(L, -(-steps // self.env.episode_steps) * self.env.episode_steps, 16, sum(self.widths))
+        self.buffer = torch.zeros(L, episodes * self.env.episode_steps, self.num_envs, sum(self.widths))
         self.steps = self.updates = 0
 
     def q(self, critic: StackedMLP, obs: Tensor, state: Tensor, action: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What several test files need: behaviour policies and small data sets made of them."""
+"""What several test files need: behaviour policies and small datasets made of them."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def collect(pretrained):
-    """collect(scenario, dataset, data_dir): a data set of 20 episodes made by the random policies, its metadata."""
+    """collect(scenario, dataset, data_dir): a dataset of 20 episodes made by the random policies, its metadata."""
 
     def collect(scenario, dataset, data_dir, num_transitions=500, **options):
         return original(scenario, dataset, data_dir, num_transitions, **{"pretrained_dir": pretrained} | options)
@@ -44,7 +44,7 @@ def collect(pretrained):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory, collect):
-    """Folder of small data sets, to read only."""
+    """Folder of small datasets, to read only."""
     folder = tmp_path_factory.mktemp("datasets")
     for scenario in SCENARIOS:
         for dataset in ("random", "medium", "expert", "random-medium"):

@@ -1,4 +1,4 @@
-"""Data sets: what is stored is what happened in the environment, and nothing damaged is ever learned from."""
+"""Datasets: what is stored is what happened in the environment, and nothing damaged is ever learned from."""
 
 import csv
 import errno
@@ -18,12 +18,18 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import collect_datasets
 import common
-from common import FILES, UserError
+import dom2_mpe
+from experiments import train_behaviour
 from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
+from utils.data import load_data, standardise, take_share
+from utils.frozen import load_prey, policy_action, policy_checksum
+from utils.program import UserError, load_torch, usable_cores
 
+FILES = ("obs", "acs", "rews", "next_obs", "dones")
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 N, A = 3, 2  # controlled agents of every scenario, action entries
 
@@ -33,7 +39,13 @@ def obs_sizes(scenario):
 
 
 def load(data_dir, scenario, dataset):
-    return common.load_dataset(data_dir, scenario, dataset, obs_sizes(scenario)[0], A, N, EPISODE_STEPS)
+    return common.load_dataset(data_dir, scenario, dataset, common.make_env(scenario))
+
+
+def columns_of(loaded):
+    """The columns of a loaded dataset as one tensor [n, T, 2 d + 4], in the order of FILES."""
+    reward, done = loaded.reward[..., None], loaded.done[..., None]
+    return torch.cat([loaded.obs, loaded.action, reward, loaded.next_obs, done], -1)
 
 
 def arrays(data_dir, scenario, dataset):
@@ -87,12 +99,12 @@ def check_against_environment(scenario, data, prey):
         np.testing.assert_allclose(rewards[:, i], data["rews"][i], atol=1e-3)
 
 
-# ---- what a collected data set holds ----
+# ---- what a collected dataset holds ----
 
 
 @every_scenario
 @pytest.mark.parametrize("dataset", ["random", "expert", "random-medium"])
-def test_data_set_is_what_happened_in_the_environment(scenario, dataset, data_dir, pretrained):
+def test_dataset_is_what_happened_in_the_environment(scenario, dataset, data_dir, pretrained):
     data = arrays(data_dir, scenario, dataset)
     d = obs_sizes(scenario)[0]
     shapes = {"obs": (N, 500, d), "acs": (N, 500, A), "rews": (N, 500), "next_obs": (N, 500, d), "dones": (N, 500)}
@@ -113,10 +125,12 @@ def test_data_set_is_what_happened_in_the_environment(scenario, dataset, data_di
 @pytest.mark.parametrize("dataset", ["random", "medium", "random-medium"])
 def test_load_dataset_gives_the_arrays_and_the_returns(scenario, dataset, data_dir):
     data, loaded, d = arrays(data_dir, scenario, dataset), load(data_dir, scenario, dataset), obs_sizes(scenario)[0]
-    assert loaded.rows.shape == (N, 500, 2 * d + A + 2) and loaded.rows.dtype == torch.float32
-    columns = loaded.rows.split([d, A, 1, d, 1], -1)
-    for name, part in zip(FILES, columns, strict=True):
-        np.testing.assert_array_equal(part.reshape(data[name].shape), data[name])
+    columns = loaded.obs, loaded.action, loaded.reward, loaded.next_obs, loaded.done
+    shapes = (N, 500, d), (N, 500, A), (N, 500), (N, 500, d), (N, 500)
+    for name, part, shape in zip(FILES, columns, shapes, strict=True):
+        assert part.shape == shape and part.dtype == torch.float32
+        np.testing.assert_array_equal(part, data[name], strict=True)
+    assert loaded.starts.tolist() == list(range(0, 500, 25)) and loaded.lengths.tolist() == [25] * 20
     returns = [sum(data["rews"][:, 25 * e : 25 * e + 25].mean(0, dtype=np.float64)) for e in range(20)]
     np.testing.assert_allclose(loaded.returns, returns, rtol=1e-4, atol=1e-4)
 
@@ -131,6 +145,7 @@ def test_load_dataset_gives_the_arrays_and_the_returns(scenario, dataset, data_d
     assert [line.split()[0] for line in sums.stdout.splitlines()] == list(metadata["checksums"].values())
     assert len(metadata["checksums"]) == N * len(FILES)
     assert {"python", "torch", "numpy"} <= metadata["versions"].keys()
+    assert loaded.metadata == metadata
 
 
 @every_scenario
@@ -201,61 +216,75 @@ def test_transitions_are_whole_episodes(tmp_path, collect):
 # ---- behaviour policies ----
 
 
-def test_retraining_and_the_replay_data(tmp_path, monkeypatch):
-    """--train from scratch on a recipe that ends at once, and medium-replay from what it made: TD3's own buffer."""
-    recipe = collect_datasets.RECIPES["simple_tag"]
-    never = dict.fromkeys(recipe.published, -1e9)
-    monkeypatch.setitem(collect_datasets.RECIPES, "simple_tag", replace(recipe, published=never, prey_updates=3))
-    monkeypatch.setattr(collect_datasets.TD3, "batch_size", 16)
-    arguments = ["--train", "--scenario", "simple_tag", "--dataset", "medium-replay", "--num-transitions", "100000"]
-    folders = ["--pretrained-dir", str(tmp_path / "pretrained"), "--data-dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["collect_datasets.py", *arguments, *folders])
-    collect_datasets.main()
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["simple_tag", "simple_spread"])
+def test_retraining_and_the_replay_data(scenario, tmp_path, monkeypatch):
+    """Training from scratch on a recipe that ends at once, and medium-replay from what it made: TD3's own buffer."""
+    recipe = train_behaviour.RECIPES[scenario]
+    monkeypatch.setitem(train_behaviour.PUBLISHED, scenario, {"medium": -1e9, "expert": -1e9})
+    monkeypatch.setitem(train_behaviour.RECIPES, scenario, replace(recipe, prey_updates=3 * (scenario == "simple_tag")))
+    monkeypatch.setattr(train_behaviour.TD3, "batch_size", 16)
+    policies, prey = tmp_path / "pretrained", None
+    arguments = ["train_behaviour.py", "--scenario", scenario, "--output", str(policies)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    train_behaviour.main()
+    made = contents(policies)
+    with pytest.raises(UserError, match=rf"{scenario}\.pt: exists.*--overwrite"):
+        train_behaviour.main()
+    assert contents(policies) == made
+    collect_datasets.collect(scenario, "medium-replay", tmp_path, 100_000, pretrained_dir=policies)
 
-    contents = torch.load(tmp_path / "pretrained" / "simple_tag.pt", weights_only=True)
-    assert len(contents["agent_params"]) == 4 and len(contents["medium"]) == 3
-    prey = common.load_prey(tmp_path / "pretrained" / "simple_tag.pt", 14, "cpu")
-    data = arrays(tmp_path, "simple_tag", "medium-replay")
-    check_against_environment("simple_tag", data, prey)
+    trained = load_torch(policies / f"{scenario}.pt")
+    assert len(trained["agent_params"]) == len(SCENARIOS[scenario].agents) and len(trained["medium"]) == N
+    if scenario == "simple_tag":
+        prey = load_prey(policies / "simple_tag.pt", 14)
+    data = arrays(tmp_path, scenario, "medium-replay")
+    check_against_environment(scenario, data, prey)
     episodes = data["obs"].shape[1] // EPISODE_STEPS
-    td3 = collect_datasets.TD3(
-        "simple_tag", common.load_torch(tmp_path / "pretrained/simple_tag.pt")["agent_params"][3]["policy"], 250, 0
-    )
-    td3.train(250, collect_datasets.tqdm(disable=True))
+    td3 = train_behaviour.TD3(scenario, prey, 250, 0)
+    td3.train(250, tqdm(disable=True))
+    for ours, kept in zip(td3.policies(), trained["medium"], strict=True):
+        assert all(torch.equal(ours[name], value) for name, value in kept["policy"].items())
     whole = td3.steps // EPISODE_STEPS
     assert episodes == 16 * whole
-    names = collect_datasets.row_widths(td3.env)
-    for name, array in zip(names, td3.buffer[:, : whole * EPISODE_STEPS].split(td3.widths, -1), strict=True):
+    parts = td3.buffer[:, : whole * EPISODE_STEPS].split(td3.widths, -1)
+    for name, array in zip(("obs", "acs", "rews", "next_obs"), parts[:4], strict=True):
         buffer = array.unflatten(1, (whole, EPISODE_STEPS)).transpose(2, 3)  # [n, blocks, worlds, 25, width]
         np.testing.assert_array_equal(data[name].reshape(buffer.shape), buffer)
-    obs, next_obs = (data[k].reshape(N, episodes, EPISODE_STEPS, 16) for k in ("obs", "next_obs"))
+    assert not data["dones"].any()
+    obs, next_obs = (data[k].reshape(N, episodes, EPISODE_STEPS, -1) for k in ("obs", "next_obs"))
     np.testing.assert_array_equal(next_obs[:, :, :-1], obs[:, :, 1:])
-    assert (
-        len(np.unique(obs[0, :, 0], axis=0)) == episodes == len(load(tmp_path, "simple_tag", "medium-replay").returns)
-    )
+    loaded = load(tmp_path, scenario, "medium-replay")
+    assert len(np.unique(obs[0, :, 0], axis=0)) == episodes == len(loaded.returns)
 
 
 def test_long_replay_data_are_thinned_out_evenly(tmp_path, collect, monkeypatch):
-    rows = torch.arange(40.0).repeat_interleave(EPISODE_STEPS).expand(N, 1, -1).transpose(1, 2).repeat(1, 1, 16 * 2 + 4)
-    blocks = [(block, None) for block in rows.split(16 * EPISODE_STEPS, 1)]
+    """Every array of a kept episode is that episode's."""
+    widths = {"obs": 16, "acs": 2, "rews": 1, "next_obs": 16, "dones": 1}
+    numbers = torch.arange(40.0).repeat_interleave(EPISODE_STEPS).view(1, -1, 1)
+    blocks = []
+    for part in numbers.split(16 * EPISODE_STEPS, 1):
+        block = {name: part.expand(N, -1, width) for name, width in widths.items()}
+        blocks.append((block, torch.full((part.shape[1] // EPISODE_STEPS,), EPISODE_STEPS)))
     monkeypatch.setattr(collect_datasets, "replay", lambda *args: blocks)
     assert collect("simple_tag", "medium-replay", tmp_path, 250)["transitions"] == 250
-    for array in arrays(tmp_path, "simple_tag", "medium-replay")["obs"]:
-        episodes = array.reshape(10, EPISODE_STEPS * 16)
-        assert (episodes == episodes[:, :1]).all()  # whole episodes
-        kept = episodes[:, 0]
-        assert kept[0] == 0 and kept[-1] == 39 and set(np.diff(kept)) <= {4.0, 5.0}
+    for array in arrays(tmp_path, "simple_tag", "medium-replay").values():
+        for agent in array:
+            episodes = agent.reshape(10, -1)
+            assert (episodes == episodes[:, :1]).all()  # whole episodes
+            kept = episodes[:, 0]
+            assert kept[0] == 0 and kept[-1] == 39 and set(np.diff(kept)) <= {4.0, 5.0}
     assert collect("simple_tag", "medium-replay", tmp_path / "all", 10_000)["episodes"] == 40
 
 
 def test_unstacked_policies_act_like_the_stack():
     torch.manual_seed(0)
     sizes = (5, 5, 3)
-    actor = collect_datasets.StackedMLP(3, 5, 8, 2)
-    for i, params in enumerate(collect_datasets.unstack(actor, sizes)):
+    actor = train_behaviour.StackedMLP(3, 5, 8, 2)
+    for i, params in enumerate(train_behaviour.unstack(actor, sizes)):
         obs = torch.randn(7, sizes[i])
         stacked = actor(F.pad(obs, (0, 5 - sizes[i])).expand(3, 7, 5))[i].tanh()
-        torch.testing.assert_close(common.policy_action(params, obs), stacked)
+        torch.testing.assert_close(policy_action(params, obs), stacked)
         np.testing.assert_allclose(plain_policy(params, obs), stacked.detach(), atol=1e-5)
 
 
@@ -291,18 +320,18 @@ def omar_checkpoint(path, obs_size, **options):
 def test_published_prey_loads(tmp_path, zipped):
     prey = omar_checkpoint(tmp_path / "adv.pt", 14, _use_new_zipfile_serialization=zipped)
     assert not torch.allclose(prey.in_fn.running_mean, torch.zeros(14), atol=0.1)
-    params = common.load_prey(tmp_path / "adv.pt", 14, "cpu")
+    params = load_prey(tmp_path / "adv.pt", 14)
     obs = 2 * torch.randn(50, 14, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(common.policy_action(params, obs), prey(obs).detach())
-    torch.testing.assert_close(common.policy_action(params, obs.view(5, 10, 14)), prey(obs).detach().view(5, 10, 2))
+    torch.testing.assert_close(policy_action(params, obs), prey(obs).detach())
+    torch.testing.assert_close(policy_action(params, obs.view(5, 10, 14)), prey(obs).detach().view(5, 10, 2))
 
 
-# ---- data sets from elsewhere ----
+# ---- datasets from elsewhere ----
 
 
 @pytest.fixture
 def published(tmp_path, data_dir):
-    """A data set without metadata, to change: its folder."""
+    """A dataset without metadata, to change: its folder."""
     folder = tmp_path / "simple_tag" / "medium" / "seed_0_data"
     shutil.copytree(common.dataset_path(data_dir, "simple_tag", "medium"), folder)
     (folder / "metadata.json").unlink()
@@ -319,9 +348,111 @@ def test_published_layout_loads(published, tmp_path, data_dir, column, dtype):
             array = array[:, None]
         np.save(file, array.astype(bool) if file.name.startswith("dones") else array)
     loaded = load(tmp_path, "simple_tag", "medium")
-    assert loaded.rows.dtype == torch.float32
     tolerance = 0 if dtype != np.float16 else 0.01
-    torch.testing.assert_close(loaded.rows, expected.rows, rtol=tolerance, atol=tolerance)
+    for name in ("obs", "action", "reward", "next_obs", "done"):
+        ours, theirs = getattr(loaded, name), getattr(expected, name)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)  # and the same dtype
+    assert loaded.metadata == {}
+
+
+# ---- datasets as training takes them ----
+
+
+def options(data_dir, **changes):
+    return dom2_mpe.DOM2.args(**{"scenario": "simple_tag", "dataset": "medium", "data_dir": str(data_dir)} | changes)
+
+
+def tag_env():
+    return common.make_env("simple_tag")
+
+
+def test_training_takes_the_dataset_with_standardised_rewards(data_dir):
+    loaded = load(data_dir, "simple_tag", "medium")
+    raw = load_data(options(data_dir, raw_rewards=True), tag_env(), None)
+    scaled = load_data(options(data_dir, reward_scale=3.0), tag_env(), None)
+    for name in ("obs", "action", "reward", "next_obs", "done", "starts", "lengths", "returns"):
+        assert torch.equal(getattr(raw, name), getattr(loaded, name))
+        assert name == "reward" or torch.equal(getattr(scaled, name), getattr(loaded, name))
+    reward = loaded.reward.numpy().astype(np.float64)
+    np.testing.assert_allclose(scaled.reward, 3 * (reward - reward.mean()) / reward.std(ddof=1), atol=1e-4)
+
+
+def test_rewards_keep_their_mean_where_episodes_terminate():
+    """A constant added to every reward would change what an early end costs."""
+    reward = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)) * 7 + 100
+    kept, done = reward.clone(), torch.zeros(2, 50)
+    x = reward.double().numpy()
+    np.testing.assert_allclose(standardise(reward, done), (x - x.mean()) / x.std(ddof=1), atol=1e-4)
+    done[0, 9] = 1
+    np.testing.assert_allclose(standardise(reward, done), x / x.std(ddof=1), rtol=1e-4)
+    assert torch.equal(reward, kept)
+    assert not standardise(torch.full((2, 50), 5.0), torch.zeros(2, 50)).any()  # no division by zero
+
+
+def test_a_share_is_whole_trajectories_each_with_its_rows(data_dir):
+    loaded = load(data_dir, "simple_tag", "medium")
+    episodes = {columns.numpy().tobytes(): i for i, columns in enumerate(columns_of(loaded).split(25, 1))}
+    drawn = []
+    for seed, share in ((0, 0.3), (0, 0.3), (1, 0.3), (0, 1e-6)):
+        torch.manual_seed(seed)
+        part = take_share(loaded, share)
+        count = max(1, round(20 * share))
+        assert part.obs.shape[1] == 25 * count and part.starts.tolist() == [25 * i for i in range(count)]
+        found = [episodes[columns.numpy().tobytes()] for columns in columns_of(part).split(25, 1)]
+        assert len(set(found)) == count and torch.equal(part.returns, loaded.returns[found])
+        assert part.lengths.tolist() == [25] * count and part.metadata == loaded.metadata
+        drawn.append(set(found))
+    assert drawn[0] == drawn[1] != drawn[2]
+    torch.manual_seed(0)
+    part = load_data(options(data_dir, data_fraction=0.3), tag_env(), None)  # standardised over what is kept
+    np.testing.assert_allclose([part.reward.double().mean(), part.reward.double().std()], [0, 1], atol=1e-4)
+    assert len(part.returns) == 6
+
+
+def test_data_made_with_another_prey_are_refused(tmp_path, data_dir, pretrained):
+    prey = load_prey(pretrained / "simple_tag.pt", 14)
+    load_data(options(data_dir), tag_env(), prey)
+    other = prey | {"fc3.bias": prey["fc3.bias"] + 1e-6}
+    assert policy_checksum(other) != policy_checksum(prey)
+    with pytest.raises(UserError, match=r"simple_tag.medium: made with another prey.*--prey"):
+        load_data(options(data_dir), tag_env(), other)
+    shutil.copytree(data_dir / "simple_tag", tmp_path / "simple_tag")
+    for file in tmp_path.rglob("metadata.json"):
+        file.unlink()
+    load_data(options(tmp_path), tag_env(), other)  # nobody knows the prey of data from elsewhere
+
+
+def test_missing_data_are_made_and_change_nothing_else(tmp_path, monkeypatch, collect):
+    """The first run, which makes the dataset, draws the same random numbers as the next one."""
+    monkeypatch.setattr(
+        collect_datasets, "collect", lambda *args, **more: torch.rand(3) is None or collect(*args, **more)
+    )
+    after = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        data = load_data(options(tmp_path), tag_env(), None)
+        after.append((torch.rand(5), data.obs))
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+    assert torch.equal(after[0][1], load(tmp_path, "simple_tag", "medium").obs)
+    damage = common.dataset_path(tmp_path, "simple_tag", "medium") / "acs_1.npy"
+    flip_byte(damage, 2000)  # a damaged one is neither made anew nor learned from
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"acs_1\.npy"):
+        load_data(options(tmp_path), tag_env(), None)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinities")
+def test_usable_cores_are_those_of_the_process(monkeypatch):
+    allowed = os.sched_getaffinity(0)
+    assert usable_cores() == len(allowed)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on Windows and macOS
+    assert usable_cores() == os.cpu_count()
 
 
 # ---- damage ----
@@ -449,7 +580,7 @@ def refused(data_dir, name, dataset="medium"):
         *(metadata_is(text) for text in (b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b'{"scenario": "simple_tag"}')),
     ],
 )
-def test_damage_to_a_collected_data_set_is_noticed(damage, tmp_path, data_dir):
+def test_damage_to_a_collected_dataset_is_noticed(damage, tmp_path, data_dir):
     shutil.copytree(data_dir / "simple_tag" / "medium", tmp_path / "simple_tag" / "medium")
     load(tmp_path, "simple_tag", "medium")
     refused(tmp_path, damage(tmp_path / "simple_tag" / "medium" / "seed_0_data"))
@@ -477,7 +608,7 @@ def test_damage_to_a_collected_data_set_is_noticed(damage, tmp_path, data_dir):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_damage_to_a_data_set_without_metadata_is_noticed(damage, published, tmp_path):
+def test_damage_to_a_dataset_without_metadata_is_noticed(damage, published, tmp_path):
     load(tmp_path, "simple_tag", "medium")
     refused(tmp_path, damage(published))
 
@@ -500,7 +631,7 @@ def test_data_of_another_scenario_are_noticed(dataset, tmp_path, data_dir):
         refused(folder, "obs_0.npy", dataset)
 
 
-def test_no_data_set(tmp_path):
+def test_no_dataset(tmp_path):
     refused(tmp_path, str(Path("simple_tag") / "medium" / "seed_0_data" / "obs_0.npy"))
 
 
@@ -508,13 +639,13 @@ def test_no_data_set(tmp_path):
 def test_damaged_array_headers_never_surprise(published, tmp_path):
     """Any byte of a header: the data load as they are, or the file is named."""
     file = published / "obs_0.npy"
-    expected, original = load(tmp_path, "simple_tag", "medium").rows, file.read_bytes()
+    expected, original = columns_of(load(tmp_path, "simple_tag", "medium")), file.read_bytes()
     noticed = 0
     for position in range(128):
         for value in (0, ord("9"), ord("'"), original[position] ^ 0x01, original[position] ^ 0x80):
             file.write_bytes(original[:position] + bytes([value]) + original[position + 1 :])
             try:
-                rows = load(tmp_path, "simple_tag", "medium").rows
+                rows = columns_of(load(tmp_path, "simple_tag", "medium"))
                 assert rows.shape == expected.shape and rows.isfinite().all()
             except UserError as error:
                 noticed += 1
@@ -534,12 +665,12 @@ def test_pickles_in_arrays_are_not_executed(published, tmp_path):
 def test_pickles_in_checkpoints_are_not_executed(zipped, tmp_path):
     file = tmp_path / "adv.pt"
     torch.save({"agent_params": [Executed(tmp_path / "executed")]}, file, _use_new_zipfile_serialization=zipped)
-    for read in (lambda: common.load_torch(file), lambda: common.load_prey(file, 14, "cpu")):
+    for read in (lambda: load_torch(file), lambda: load_prey(file, 14)):
         with pytest.raises(UserError, match=r"adv\.pt"):
             read()
     file.write_bytes(pickle.dumps(Executed(tmp_path / "executed")))
     with pytest.raises(UserError, match=r"adv\.pt"):
-        common.load_prey(file, 14, "cpu")
+        load_prey(file, 14)
     assert not (tmp_path / "executed").exists()
 
 
@@ -567,7 +698,7 @@ def policy_with(pretrained, name, change):
 def test_other_checkpoints_are_no_prey(contents, tmp_path):
     torch.save(contents, tmp_path / "adv.pt")
     with pytest.raises(UserError, match=r"adv\.pt.*--prey"):
-        common.load_prey(tmp_path / "adv.pt", 14, "cpu")
+        load_prey(tmp_path / "adv.pt", 14)
 
 
 @pytest.mark.parametrize(
@@ -586,22 +717,22 @@ def test_prey_of_another_kind_is_noticed(name, change, tmp_path, pretrained):
         params["fc3.bias"] = torch.zeros(len(params["fc3.weight"]))
     torch.save(contents, tmp_path / "adv.pt")
     with pytest.raises(UserError, match=r"adv\.pt"):
-        common.load_prey(tmp_path / "adv.pt", 14, "cpu")
+        load_prey(tmp_path / "adv.pt", 14)
 
 
 def test_damaged_prey_files(tmp_path, pretrained):
     for scenario, size in (("simple_tag", 14), ("simple_world", 22)):
-        common.load_prey(pretrained / f"{scenario}.pt", size, "cpu")
+        load_prey(pretrained / f"{scenario}.pt", size)
         with pytest.raises(UserError, match=scenario):  # of another scenario
-            common.load_prey(pretrained / f"{scenario}.pt", 36 - size, "cpu")
+            load_prey(pretrained / f"{scenario}.pt", 36 - size)
     whole = (pretrained / "simple_tag.pt").read_bytes()
     for n in (0, 10, len(whole) // 2, len(whole) - 20):
         (tmp_path / "adv.pt").write_bytes(whole[:n])
         with pytest.raises(UserError, match=r"adv\.pt"):
-            common.load_prey(tmp_path / "adv.pt", 14, "cpu")
+            load_prey(tmp_path / "adv.pt", 14)
     for path in (tmp_path, tmp_path / "none.pt"):
         with pytest.raises(UserError, match="no such file"):
-            common.load_prey(path, 14, "cpu")
+            load_prey(path, 14)
 
 
 # ---- collecting is all or nothing ----
@@ -641,9 +772,10 @@ def test_interrupted_collection_leaves_what_was_there(exists, tmp_path, collect,
     with pytest.raises(KeyboardInterrupt):
         collect("simple_tag", "random-medium", tmp_path, overwrite=exists)
     assert contents(tmp_path) == before
+    assert [path.name for path in (tmp_path / "simple_tag").iterdir()] == ["random-medium"] * exists
 
 
-def test_killed_collection_leaves_nothing_that_looks_like_a_data_set(tmp_path, collect, pretrained):
+def test_killed_collection_leaves_nothing_that_looks_like_a_dataset(tmp_path, collect, pretrained):
     code = """if True:
         import os, signal, sys
         import numpy as np
@@ -668,17 +800,22 @@ def test_killed_collection_leaves_nothing_that_looks_like_a_data_set(tmp_path, c
 
 
 def test_full_disk(tmp_path, collect, monkeypatch):
+    save, saved = np.save, []
+
     def full(file, array):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if len(saved) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved.append(save(file, array))
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(UserError, match=r"simple_tag.*random.*No space left"):
         collect("simple_tag", "random", tmp_path)
-    assert not contents(tmp_path)
+    assert len(saved) == 5 and not contents(tmp_path)
+    assert not list((tmp_path / "simple_tag").iterdir())
 
 
 def test_two_collections_at_once(tmp_path, collect, monkeypatch):
-    """The other process was faster: its data set stays."""
+    """The other process was faster: its dataset stays."""
     rollout = collect_datasets.rollout
 
     def while_another_collects(*args):
@@ -706,11 +843,11 @@ def test_behaviour_policies_that_do_not_fit(tmp_path, collect, pretrained):
             good | {"replay": {"actions": torch.zeros(24, 16, 3, 2)}}, file
         ),
         "retrain them": lambda file: torch.save(good | {"replay": {"actions": torch.zeros(25, 16, 3, 2)}}, file),
-        "policies of simple_tag": lambda file: torch.save(
+        "policies of this scenario": lambda file: torch.save(
             good | {"replay": {"actions": torch.zeros(25, 16, 4, 2)}}, file
         ),
     }
-    good = common.load_torch(pretrained / "simple_tag.pt")
+    good = load_torch(pretrained / "simple_tag.pt")
     for message, make in bad.items():
         make(policies / "simple_tag.pt")
         with pytest.raises(UserError, match=message):
@@ -718,9 +855,15 @@ def test_behaviour_policies_that_do_not_fit(tmp_path, collect, pretrained):
         assert not contents(tmp_path / "datasets")
 
 
-@pytest.mark.parametrize("scenario", ["simple_spread", "simple_tag", "simple_world"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(s, marks=[] if s == "simple_tag" else pytest.mark.slow)
+        for s in ("simple_spread", "simple_tag", "simple_world")
+    ],
+)
 def test_replay_data_are_the_same_on_every_machine(scenario, tmp_path):
-    """The committed actions make the committed data set again: its size, and its returns but for rounding."""
+    """The committed actions make the committed dataset again: its size, and its returns but for rounding."""
     made = collect_datasets.collect(scenario, "medium-replay", tmp_path)
     with open(common.ROOT / "results/datasets.csv") as file:
         (row,) = [r for r in csv.DictReader(file) if (r["scenario"], r["dataset"]) == (scenario, "medium-replay")]

@@ -15,7 +15,7 @@ from mpe2.simple_world_comm import simple_world_comm
 from pettingzoo.test import parallel_api_test, parallel_seed_test
 
 import particle_env
-from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv, draw, parallel_env
+from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv, TeamEnv, draw, parallel_env
 
 HERE = Path(__file__).parent
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
@@ -359,6 +359,46 @@ def test_bad_inputs_are_named():
     for name in good:
         with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3, 2\), expected \(2, [24], 2\)"):
             env.set_state(**{**good, name: torch.zeros(2, 3, 2)})
+
+
+# ---- TeamEnv ----
+
+
+@every_scenario
+@pytest.mark.parametrize("shift", ["none", "speed"])
+def test_team_env_plays_the_given_prey(scenario, shift):
+    """Two episodes against the worlds stepped by hand, every agent's action written out."""
+    E, n, g = 7, 3, torch.Generator().manual_seed(0)
+    size = ParticleEnv(scenario, 1).obs_sizes[-1]
+    weight, asked = torch.randn(size, 2, generator=g), []
+
+    def prey(obs):
+        asked.append(obs.clone())
+        return torch.tanh(obs @ weight)
+
+    world, team = ParticleEnv(scenario, E, shift, seed=5), TeamEnv(scenario, E, shift, seed=5, prey=prey)
+    has_prey = len(SCENARIOS[scenario].agents) > n
+    assert team.agents == SCENARIOS[scenario].agents[:n] and team.num_agents == n and team.state is None
+    for _ in range(2):
+        expected, obs = world.reset(), team.reset()
+        for t in range(EPISODE_STEPS + 1):
+            assert torch.equal(obs, torch.stack(expected[:n], 1))
+            if t == EPISODE_STEPS:
+                break
+            actions = torch.rand(E, n, 2, generator=g) * 2 - 1
+            given, everybody = actions.clone(), torch.zeros(E, world.num_agents, 2)
+            everybody[:, :n] = actions
+            if has_prey:
+                everybody[:, n] = torch.tanh(expected[n] @ weight)
+            seen = expected[-1]
+            expected, expected_rewards = world.step(everybody)
+            obs, rewards, terminated = team.step(actions)
+            assert torch.equal(actions, given)
+            assert not has_prey or torch.equal(asked[-1], seen)  # the prey sees the same moment as the others
+            assert torch.equal(rewards, expected_rewards[:, :n]) and not terminated.any()
+            close(world.score(expected_rewards), rewards.mean(1), 1e-5)
+    assert len(asked) == (2 * EPISODE_STEPS if has_prey else 0)
+    assert np.array_equal(team.render(2), draw(world, 2, 300))
 
 
 # ---- PettingZoo ----
