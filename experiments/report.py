@@ -1,8 +1,10 @@
-"""What the paper shows, as sets of cells, and the way from their raw results to tables and figures.
+"""The paper's tables and figures as sets of cells, and the way from their raw results to the report.
 
-`python experiments/reproduce.py report` writes for every table and figure of the paper `results/report/<name>.md`,
-`.csv`, `.png` and `.pdf`, from the raw results `results/<algorithm>[-<options>]/<scenario>-<dataset>.json` and
-`results/paper.csv` alone.
+`python experiments/reproduce.py report` writes `results/report/<name>.{md,csv,png,pdf}` for every table and figure. It
+reads `results/paper.csv` and the raw results, which lie on two shelves:
+
+    results/main/<algorithm>/<scenario>-<dataset>.json             an algorithm with its settings
+    results/studies/<study>/<variant>/<scenario>-<dataset>.json    an algorithm with other options
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from common import DATASETS
 from utils.program import UserError
 
 # --------------------------------------------------------------------------------------------------------------------
-# A cell is an algorithm with options of its script on a data set; a target is a set of cells.
+# A cell is an algorithm with options of its script on a dataset; a target is a set of cells.
 
 
 class Algorithm(NamedTuple):
@@ -58,19 +60,26 @@ def command_line(options) -> list[str]:
 
 
 class Variant(NamedTuple):
-    """An algorithm with options of its script, (field, value) pairs."""
+    """An algorithm, plain or as varied in a study."""
 
     algorithm: str
-    options: tuple[tuple[str, object], ...] = ()
+    study: str = ""
+    words: str = ""  # how it is varied: "without augmentation"
+    options: tuple[tuple[str, object], ...] = ()  # of its script, that do so: (field, value) pairs
+
+    @property
+    def name(self) -> str:
+        """Name of its folder: omar, dom2-without-augmentation."""
+        return "-".join([self.algorithm, *self.words.split()])
 
     @property
     def folder(self) -> str:
-        """Name of its folder in results/: omar, dom2-no-augment, dom2-data-fraction-0.05."""
-        return "-".join([self.algorithm, *(word.lstrip("-") for word in command_line(self.options))])
+        """Its folder in results/: main/omar, studies/augmentation/dom2-without-augmentation."""
+        return f"studies/{self.study}/{self.name}" if self.study else f"main/{self.name}"
 
     @property
     def label(self) -> str:
-        return ALGORITHMS[self.algorithm].name + self.folder.removeprefix(self.algorithm).replace("-", " ")
+        return " ".join([ALGORITHMS[self.algorithm].name, *self.words.split()])
 
 
 class Cell(NamedTuple):
@@ -92,32 +101,44 @@ class Target(NamedTuple):
         return list(dict.fromkeys(Cell(v, s, d) for s, d, v in chain(*combinations)))
 
 
-def variants(algorithms: tuple[str, ...], **options) -> tuple[Variant, ...]:
-    return tuple(Variant(algorithm, tuple(options.items())) for algorithm in algorithms)
+def plain(*algorithms: str) -> tuple[Variant, ...]:
+    return tuple(map(Variant, algorithms))
 
 
-def with_fraction(algorithms: tuple[str, ...], fraction: float) -> tuple[Variant, ...]:
-    return variants(algorithms, data_fraction=fraction) if fraction < 1 else variants(algorithms)
+def varied(algorithm: str, study: str, words: str, **options) -> Variant:
+    return Variant(algorithm, study, words, tuple(options.items()))
 
 
-TABLE = variants(("bc", "ma_cql", "omar", "ma_sfbc", "dom2"))
+def with_fraction(algorithm: str, fraction: float) -> Variant:
+    if fraction == 1:
+        return Variant(algorithm)
+    return varied(algorithm, "data-fractions", f"with {100 * fraction:g} percent of the data", data_fraction=fraction)
+
+
+def with_steps(steps: int) -> Variant:
+    words = f"with {steps} denoising step{'s' if steps > 1 else ''}"
+    return varied("dom2", "denoising-steps", words, diffusion_steps=steps)
+
+
+TABLE = plain("bc", "ma_cql", "omar", "ma_sfbc", "dom2")
 EFFICIENCY = ("ma_cql", "omar", "ma_sfbc", "dom2")
 BASELINES = ("ma_bc", "ma_td3bc", "ma_cql", "omar", "ma_sfbc", "madiff")
 NO_REPLAY = tuple(d for d in DATASETS if d != "medium-replay")
+NOT_AUGMENTED = varied("dom2", "augmentation", "without augmentation", augment=False)
 ABLATIONS = (
-    *variants(("dom2", "bc")),  # bc: without policy improvement
-    *variants(("dom2",), bc_weight=0),
-    *variants(("dom2",), augment=False),
-    *variants(("dom2",), noise_net="residual"),
-    *variants(("dom2",), prediction="noise"),
-    *variants(("dom2",), zeta=0),
-    *variants(("ma_diffusion_ql",), prediction="action", augment=True),  # DOM2 with DDPM in place of DPM-Solver
-    *variants(("ma_diffusion_ql",), augment=True),
-    *variants(("ma_diffusion_ql",)),
+    *plain("dom2", "bc"),  # bc: without policy improvement
+    varied("dom2", "ablations", "without diffusion loss", bc_weight=0),
+    NOT_AUGMENTED,
+    varied("dom2", "ablations", "with the residual noise network", noise_net="residual"),
+    varied("dom2", "ablations", "predicting the noise", prediction="noise"),
+    varied("dom2", "ablations", "without conservative term", zeta=0),
+    varied("ma_diffusion_ql", "ablations", "with augmentation", augment=True),
+    varied("ma_diffusion_ql", "ablations", "with augmentation predicting actions", augment=True, prediction="action"),
+    *plain("ma_diffusion_ql"),
 )
-OFF_AND_ON = tuple(v for a in BASELINES for v in (*variants((a,)), *variants((a,), augment=True)))
-OFF_AND_ON += (*variants(("dom2",), augment=False), *variants(("dom2",)))
-STEP_COUNTS = tuple(v for n in STEPS for v in variants(("dom2",), diffusion_steps=n))
+AUGMENTED = (varied(algorithm, "augmentation", "with augmentation", augment=True) for algorithm in BASELINES)
+OFF_AND_ON = (*chain(*zip(plain(*BASELINES), AUGMENTED, strict=True)), NOT_AUGMENTED, *plain("dom2"))
+STEP_COUNTS = tuple(map(with_steps, STEPS))
 TARGETS = {
     "table1": Target("Table 1: particle environments", ("none",), ((TABLE, PARTICLE, DATASETS),)),
     "table2": Target("Table 2: shifted particle environments", ("speed",), ((TABLE, PARTICLE, DATASETS),)),
@@ -126,14 +147,14 @@ TARGETS = {
     "fig2": Target(
         "Figure 2: three agents, six landmarks",
         ("none", "dismiss"),
-        ((variants(("ma_cql", "omar", "dom2")), ("landmarks6",), ("medium", "expert")),),
+        ((plain("ma_cql", "omar", "dom2"), ("landmarks6",), ("medium", "expert")),),
     ),
     "fig5": Target(
         "Figure 5: data efficiency and data quality",
         ("none",),
         (
-            *((with_fraction(EFFICIENCY, f), PARTICLE, NO_REPLAY) for f in FRACTIONS),
-            (variants(("ma_sfbc", "madiff", "dom2")), PARTICLE, DATASETS),
+            *((tuple(with_fraction(a, f) for a in EFFICIENCY), PARTICLE, NO_REPLAY) for f in FRACTIONS),
+            (plain("ma_sfbc", "madiff", "dom2"), PARTICLE, DATASETS),
         ),
     ),
     "fig6": Target("Figure 6: ablations", ("none",), ((ABLATIONS, PARTICLE + MUJOCO, DATASETS),)),
@@ -171,10 +192,23 @@ def find(cell: Cell, results_dir: Path) -> dict | None:
     """The raw result of a cell: its own or, where that was made with the same options, the plain algorithm's."""
     results = read(result_path(cell, results_dir))
     if results is None and cell.variant.options:
-        plain = read(result_path(cell._replace(variant=Variant(cell.variant.algorithm)), results_dir))
-        if plain and all(plain["settings"].get(field) == value for field, value in cell.variant.options):
-            return plain
+        standard = read(result_path(cell._replace(variant=Variant(cell.variant.algorithm)), results_dir))
+        if standard and all(standard["settings"].get(field) == value for field, value in cell.variant.options):
+            return standard
     return results
+
+
+def write_result(path: Path, results: dict) -> None:
+    """Write a raw result. The agents' paths among six landmarks, which are large, go to a .npz beside it."""
+    large, paths, assignments = ("landmarks", "paths"), {}, {}
+    for shift, found in results.get("assignments", {}).items():
+        paths |= {f"{shift}-{name}": np.array(found[name], np.float16) for name in large}
+        assignments[shift] = {name: value for name, value in found.items() if name not in large}
+    if paths:
+        results = results | {"assignments": assignments}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path.with_suffix(".npz"), **paths)
+    write(path, json.dumps(results, indent=2) + "\n")
 
 
 def write(path: Path, text: str) -> None:
@@ -210,6 +244,7 @@ class Score(NamedTuple):
     returns: np.ndarray  # [seeds] each the mean over evaluation episodes
     normalised: np.ndarray  # [seeds] of the normalised scores, NaN where the scenario has none
     raw: dict  # the whole raw result
+    paths: Path  # of the agents' paths; only six landmarks have such a file
 
 
 class Row(NamedTuple):
@@ -243,7 +278,7 @@ def read_rows(target: Target, results_dir: Path) -> list[Row]:
                 x = np.array(results["returns"][shift])
                 known = scenario in common.NORMALISATION
                 normalised = common.normalised_score(scenario, x) if known else np.full(len(x), np.nan)
-                row.here[variant] = Score(x, normalised, results)
+                row.here[variant] = Score(x, normalised, results, result_path(cell, results_dir).with_suffix(".npz"))
     return list(rows.values())
 
 
@@ -256,10 +291,10 @@ def csv_table(rows: list[Row]) -> str:
     names = "shift scenario dataset variant seeds mean std normalised iqm iqm_low iqm_high data_mean data_max"
     lines = [[*names.split(), "paper_mean", "paper_std"]]
     for row in rows:
-        for variant, (x, scores, raw) in row.here.items():
+        for variant, (x, scores, raw, _) in row.here.items():
             data = raw["data"]
             figures = x.mean(), x.std(), scores.mean(), iqm(scores), *interval([scores]), data["mean"], data["max"]
-            lines.append([row.shift, row.scenario, row.dataset, variant.folder, len(x), *(f"{f:.2f}" for f in figures)])
+            lines.append([row.shift, row.scenario, row.dataset, variant.name, len(x), *(f"{f:.2f}" for f in figures)])
             lines[-1] += row.paper.get(variant, ("", ""))
     return "".join(",".join(map(str, line)) + "\n" for line in lines)
 
@@ -335,7 +370,7 @@ def markdown(target: Target, rows: list[Row]) -> str:
         if scenario in common.NORMALISATION:
             text += f"\n{markdown_table(scores)}"
         if missing:
-            text += f"\nNot run on any of these data sets: {', '.join(missing)}.\n"
+            text += f"\nNot run on any of these datasets: {', '.join(missing)}.\n"
         if scenario == "landmarks6":
             found = [["assignments", *labels]] + [
                 [r.dataset, *(show_assignments(r, v) for v in columns)] for r in group
@@ -349,7 +384,7 @@ def markdown(target: Target, rows: list[Row]) -> str:
 
 
 def draw_bars(target: Target, rows: list[Row]) -> Figure:
-    """A panel per scenario and environment, a group of bars per data set; black marks are the paper's means."""
+    """A panel per scenario and environment, a group of bars per dataset; black marks are the paper's means."""
     panels = list(dict.fromkeys((row.shift, row.scenario) for row in rows if row.here))
     shown = {v for row in rows for v in (*row.here, *row.paper)}
     columns = [v for v in dict.fromkeys(cell.variant for cell in target.cells()) if v in shown]
@@ -390,11 +425,12 @@ def draw_fig2(target: Target, rows: list[Row]) -> Figure:
         for variant, ax in zip(columns, axes, strict=False):
             ax.set(title=f"{variant.label}: {show_assignments(row, variant)}", xticks=[], yticks=[], aspect="equal")
             if variant in row.here:
-                found = row.here[variant].raw["assignments"][row.shift]
-                for path in np.array(found["paths"]):  # [26, agents, 2]
+                with np.load(row.here[variant].paths) as arrays:
+                    paths, landmarks = (arrays[f"{row.shift}-{name}"] for name in ("paths", "landmarks"))
+                for path in paths:  # [26, agents, 2]
                     for agent, points in enumerate(path.swapaxes(0, 1)):
                         ax.plot(*points.T, color=f"C{agent}", lw=0.8, alpha=0.6)
-                ax.plot(*np.array(found["landmarks"]).T, "k*")
+                ax.plot(*landmarks.T, "k*")
         axes[0].set_ylabel(f"{row.dataset}, {'standard' if row.shift == 'none' else row.shift}")
         run = [(variant.label, row.here[variant].returns) for variant in columns if variant in row.here]
         if run:
@@ -433,24 +469,24 @@ def add_legend(figure: Figure, ncols: int) -> None:
 def draw_fig5(target: Target, rows: list[Row]) -> Figure:
     """(a)-(c): normalised score against the share of the data; (d): against their quality, all scenarios together.
 
-    A point of (a)-(c) averages over data sets, as in the paper without medium-replay: over those in which all points
+    A point of (a)-(c) averages over datasets, as in the paper without medium-replay: over those in which all points
     of the panel have been run.
     """
     figure = Figure(figsize=(16, 3.6), layout="constrained")
     axes = figure.subplots(1, len(PARTICLE) + 1)
-    curves = {ALGORITHMS[a].name: [with_fraction((a,), f)[0] for f in FRACTIONS] for a in EFFICIENCY}
+    curves = {ALGORITHMS[a].name: [with_fraction(a, f) for f in FRACTIONS] for a in EFFICIENCY}
     for ax, scenario in zip(axes, PARTICLE, strict=False):
         group = [row for row in rows if row.scenario == scenario and row.dataset in NO_REPLAY]
         run = {v for row in group for v in row.here if v in chain(*curves.values())}
         group = [row for row in group if run and run <= row.here.keys()]
         points = {label: [mean_scores(group, v) for v in line] for label, line in curves.items()}
-        title = f"{scenario}, {len(group)} of {len(NO_REPLAY)} data sets"
+        title = f"{scenario}, {len(group)} of {len(NO_REPLAY)} datasets"
         draw_curves(ax, points, [f"{f:.0%}" for f in FRACTIONS], title, "share of the trajectories")
     points = {
         v.label: [mean_scores([row for row in rows if row.dataset == d], v) for d in DATASETS]
-        for v in variants(("ma_sfbc", "madiff", "dom2"))
+        for v in plain("ma_sfbc", "madiff", "dom2")
     }
-    draw_curves(axes[-1], points, DATASETS, "mean of the scenarios", "data set")
+    draw_curves(axes[-1], points, DATASETS, "mean of the scenarios", "dataset")
     axes[-1].set_xticks(range(len(DATASETS)), DATASETS, rotation=30, ha="right")
     axes[0].set_ylabel("normalised score")
     add_legend(figure, ncols=5)

@@ -1,4 +1,4 @@
-"""The paper's tables and figures: run what is missing of one, then print it next to the paper's numbers.
+"""Run what is missing of one of the paper's tables or figures, then print it next to the paper's numbers.
 
     python experiments/reproduce.py table1              # the missing cells of Table 1, one per core or GPU; the table
     python experiments/reproduce.py table1 --dry-run    # only list the commands and estimate the time
@@ -6,10 +6,10 @@
     python experiments/reproduce.py table1 -- --compile # what follows -- is added to every command
     python experiments/reproduce.py report              # all tables and figures from the raw results, without training
 
-A cell is one ordinary command line of this repository, and its raw result is the `results.json` which that command
-wrote, copied to `results/<algorithm>[-<options>]/<scenario>-<dataset>.json`. Cells that are there are never run again.
-A grid that was stopped or killed goes on where it was when the same line is run again, each cell from its checkpoint;
-on a cluster that line also collects what has finished.
+A cell is one ordinary command line of this repository. Its raw result is the `results.json` that the command wrote,
+copied to `results/main/<algorithm>/<scenario>-<dataset>.json` or, with options that a study varies, to
+`results/studies/<study>/<variant>/`. A cell with a raw result is not run again. A grid that was stopped or killed is
+continued by the same line, each cell from its checkpoint. On a cluster that line also collects the finished cells.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from experiments.report import (
     result_path,
     write,
     write_report,
+    write_result,
 )
 from run import parse as parse_options
 from utils.program import UserError, catch_signals, program, usable_cores
@@ -58,23 +59,23 @@ class Args:
     scenarios: tuple[str, ...] = ()
     """only these scenarios"""
     datasets: tuple[str, ...] = ()
-    """only these data sets"""
+    """only these datasets"""
     algorithms: tuple[str, ...] = ()
-    """only these algorithms, by their folder names in results/: dom2, bc, omar, ..."""
+    """only these algorithms, by their folder names in results/main: dom2, bc, omar, ..."""
     num_seeds: int = 3
     """seeds of each cell, trained side by side; a result with more of them will do"""
     updates: int | None = None
-    """gradient updates of each cell; default: the scripts' settings tables"""
+    """gradient updates of each cell; default: those in the scripts' SETTINGS"""
     dry_run: bool = False
-    """list commands and states, estimate the time, run nothing"""
+    """list commands and states, estimate the time and run nothing"""
     retry: bool = False
-    """run the cells that failed once more"""
+    """run failed cells once more"""
     overwrite: bool = False
-    """run the cells whose result was made with other settings, and replace that result"""
+    """run cells whose raw result was made with other settings, and replace it"""
     launcher: Literal["local", "slurm"] = "local"
     """slurm: a job array"""
     jobs: int = 0
-    """cells at once; 0: as many as cores, or GPUs where there are any; on slurm: no limit"""
+    """cells at once; 0: one per GPU, or per core where there is no GPU; with slurm: no limit"""
     partition: str | None = None
     """slurm: partition to submit to; default: the cluster's"""
     gpus: int = 0
@@ -93,11 +94,14 @@ class Args:
 # Cells: the command, the settings that its result must have, and how far it is
 
 
-# Options that change where and how a cell runs and no more than rounding of the results; and num_seeds: more will do.
+# Options of where and how a cell runs, which change the results by rounding at most; and num_seeds, of which more will
+# do.
 NOT_COMPARED = (
     *("num_seeds", "eval_interval", "cuda", "compile"),
     *("run_dir", "resume", "eval_only", "capture_video", "track"),
 )
+# Options that were removed, with the values under which old results agree with today's algorithm.
+REMOVED = {"solver": "dpm", "q_normaliser": "abs", "eval_candidates": 1, "beta_min": 0.1}
 
 
 class Job(NamedTuple):
@@ -105,8 +109,8 @@ class Job(NamedTuple):
 
     cell: Cell
     command: tuple[str, ...]  # without the interpreter and --run-dir
-    settings: dict  # that the script will resolve the command to
-    folder: Path  # of its log and its run folders; its name changes with the settings
+    settings: dict  # all options of the script, as it understands the command
+    folder: Path  # of its log and its run folders; its name depends on the settings
     result: Path
 
 
@@ -139,21 +143,24 @@ def resolve(cell: Cell, args: Args, further: tuple[str, ...]) -> tuple[tuple[str
 def make_job(cell: Cell, args: Args, further: tuple[str, ...] = ()) -> Job:
     """The job of a cell; a variant that has the plain algorithm's settings is the plain algorithm's cell."""
     command, settings = resolve(cell, args, further)
-    plain = cell._replace(variant=Variant(cell.variant.algorithm))
-    plain_command, plain_settings = resolve(plain, args, further)
-    if settings == plain_settings:
-        cell, command = plain, plain_command
+    if cell.variant.options:
+        plain = cell._replace(variant=Variant(cell.variant.algorithm))
+        plain_command, plain_settings = resolve(plain, args, further)
+        if settings == plain_settings:
+            cell, command = plain, plain_command
     identity = {k: v for k, v in settings.items() if k not in NOT_COMPARED} | {"seeds": args.num_seeds}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     folder = ROOT / args.run_dir / cell.variant.folder / f"{cell.scenario}-{cell.dataset}-{digest}"
     return Job(cell, command, settings, folder, result_path(cell, ROOT / args.results_dir))
 
 
-def differences(results: dict, settings: dict) -> dict:
-    """The settings in which a raw result is not what is asked for, {name: its value}; options newer than it agree."""
+def differences(results: dict, job: Job) -> dict:
+    """The settings in which a raw result is not the job's, {option: its value}; options newer than the result agree."""
     made = results["settings"]
-    few = {"num_seeds": made["num_seeds"]} if made["num_seeds"] < settings.get("num_seeds", 1) else {}
-    return few | {k: made[k] for k, v in settings.items() if k in made and k not in NOT_COMPARED and made[k] != v}
+    removed = REMOVED | ({"solver": "ddpm"} if job.cell.variant.algorithm == "ma_diffusion_ql" else {})
+    wanted = removed | {k: v for k, v in job.settings.items() if k not in NOT_COMPARED}
+    few = {"num_seeds": made["num_seeds"]} if made["num_seeds"] < job.settings["num_seeds"] else {}
+    return few | {k: made[k] for k, v in wanted.items() if k in made and made[k] != v}
 
 
 def run_folders(job: Job) -> list[Path]:
@@ -163,8 +170,9 @@ def run_folders(job: Job) -> list[Path]:
 def collect(job: Job) -> bool:
     """Copy the finished run's results.json, if there is one, to its place in results/."""
     for run in run_folders(job):
-        if (run / "results.json").exists():
-            write(job.result, (run / "results.json").read_text())
+        results = read(run / "results.json")
+        if results:
+            write_result(job.result, results)
             return True
     return False
 
@@ -173,16 +181,13 @@ TO_RUN = ("missing", "interrupted")
 
 
 def find_states(jobs: list[Job], args: Args) -> list[str]:
-    """How far each job is.
-
-    done, other settings (its result was made with some), finished (not collected yet), running (or queued), failed,
-    interrupted, missing.
-    """
+    """State of each job: done, other settings (its raw result was made with some), finished (not collected yet),
+    running (or queued), failed, interrupted, missing."""
     active = active_jobs() if args.launcher == "slurm" else set()
     states = []
     for job in jobs:
         results, code = read(job.result), int(note(job, "exit_code") or -1)
-        if results and not differences(results, job.settings):
+        if results and not differences(results, job):
             states.append("done")
         elif results and not args.overwrite:
             states.append("other settings")
@@ -190,7 +195,7 @@ def find_states(jobs: list[Job], args: Args) -> list[str]:
             states.append("finished")
         elif note(job, "job") in active or locked(job):
             states.append("running")
-        elif 0 <= code < 128 and not args.retry:  # else it has not ended, or a signal ended it
+        elif 0 <= code < 128 and not args.retry:  # others have not ended, or were ended by a signal
             states.append("failed")
         else:
             states.append("interrupted" if run_folders(job) else "missing")
@@ -198,15 +203,15 @@ def find_states(jobs: list[Job], args: Args) -> list[str]:
 
 
 def note(job: Job, name: str) -> str:
-    """What the file of that name in a job's folder says: exit_code, or job, its id on the cluster; "" without one."""
+    """Text of a file in a job's folder, "" without one: exit_code, or job (its id on the cluster)."""
     path = job.folder / name
     return path.read_text().strip() if path.exists() else ""
 
 
 def lock(job: Job):
-    """Take the lock of a job's folder: the open file that holds it, None if somebody else does.
+    """Take the lock of a job's folder: the open file that holds it, or None if another process holds it.
 
-    A process that inherits the file holds the lock too, also when this one is killed, so no cell runs twice at once.
+    A process that inherits the file keeps the lock, even when this process is killed. So no cell runs twice at once.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     file = open(job.folder / "lock", "w")
@@ -230,7 +235,7 @@ def locked(job: Job) -> bool:
 
 
 def start_command(job: Job) -> list[str]:
-    """What to start: the cell's command, or the continuation of its last run that left a checkpoint."""
+    """The cell's command, or the continuation of its last run that left a checkpoint."""
     (job.folder / "exit_code").unlink(missing_ok=True)
     stopped = [run for run in run_folders(job) if list(run.glob("checkpoint*.pt"))]
     if stopped:
@@ -239,7 +244,7 @@ def start_command(job: Job) -> list[str]:
 
 
 def from_root(path: Path) -> str:
-    """The path as seen from the repository, where cells run, so that results name no folder of this machine."""
+    """The path relative to the repository, where cells run, so that results name no folder of this machine."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
@@ -252,7 +257,7 @@ def find_gpus() -> list[str]:
 
 
 def run_local(jobs: list[Job], args: Args) -> None:
-    """Run the jobs on this machine, `args.jobs` at once; SIGINT and SIGTERM have all of them save and stop."""
+    """Run the jobs on this machine, `args.jobs` at once; on SIGINT and SIGTERM all of them save and stop."""
     gpus, cores = find_gpus(), usable_cores()
     at_once = args.jobs or len(gpus) or cores
     waiting, running, slots, failed = list(jobs), {}, list(range(at_once)), 0
@@ -261,7 +266,7 @@ def run_local(jobs: list[Job], args: Args) -> None:
             while waiting and slots and not stopped:
                 job = waiting.pop(0)
                 held = lock(job)
-                if held is None:  # somebody else has started it in the meantime
+                if held is None:  # another process has started it in the meantime
                     bar.update()
                     continue
                 env = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
@@ -284,12 +289,12 @@ def run_local(jobs: list[Job], args: Args) -> None:
                 slots.append(slot)
                 write(job.folder / "exit_code", f"{process.returncode}\n")
                 collect(job)
-                failed += 0 < process.returncode < 128  # others were stopped
+                failed += 0 < process.returncode < 128  # others finished or were stopped
                 bar.update()
             bar.set_postfix_str(f"{len(running)} running, {failed} failed")
             time.sleep(0.1)
     if stopped:
-        print("stopped; the same line goes on from here")
+        print("stopped; run the same line to continue")
         raise SystemExit(128 + stopped[0])
 
 
@@ -335,11 +340,11 @@ def submit(jobs: list[Job], args: Args) -> None:
     number = slurm("sbatch", "--parsable", str(script)).split(";")[0]
     for i, job in enumerate(jobs):
         write(job.folder / "job", f"{number}_{i}\n")
-    print(f"submitted job {number}, {len(jobs)} cells ({script}); the same line again collects what has finished")
+    print(f"submitted job {number}, {len(jobs)} cells ({script}); run the same line to collect the finished ones")
 
 
 def estimate(job: Job, made: list[dict]) -> float | None:
-    """Seconds that a cell will take, by the seconds per update of the raw results nearest to it; None without any."""
+    """Seconds that a cell will take, from the seconds per update of similar raw results; None without any."""
     keys = ("algorithm", "scenario")
     wanted = {"algorithm": job.cell.variant.algorithm, "scenario": job.cell.scenario}
     for same in (keys, keys[:1], keys[1:], ()):
@@ -355,10 +360,10 @@ def estimate(job: Job, made: list[dict]) -> float | None:
 
 
 def choose_cells(args: Args) -> list[Cell]:
-    """The target's cells, without what --scenarios, --datasets and --algorithms leave out.
+    """The target's cells that --scenarios, --datasets and --algorithms select.
 
     Raises:
-        UserError: an option has no meaning.
+        UserError: an option has a value that it cannot have.
     """
     for option, least in (("num_seeds", 1), ("jobs", 0), ("gpus", 0), ("cpus", 1)):
         if getattr(args, option) < least:
@@ -380,7 +385,7 @@ def choose_cells(args: Args) -> list[Cell]:
 
 def show_plan(jobs: list[Job], states: list[str], args: Args) -> None:
     """Print each job's state and command, and how long those to run will take."""
-    made = [read(path) for path in sorted((ROOT / args.results_dir).glob("*/*.json"))]
+    made = [read(path) for path in sorted((ROOT / args.results_dir).rglob("*.json"))]
     seconds = []
     for job, now in zip(jobs, states, strict=True):
         print(f"{now:<16}python {shlex.join(job.command)}")
@@ -392,10 +397,10 @@ def show_plan(jobs: list[Job], states: list[str], args: Args) -> None:
 
 
 def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
-    """Run what is missing of `args.target` and print its tables. Returns whether no cell has failed.
+    """Run what is missing of `args.target`, print its tables and return whether no cell has failed.
 
     Raises:
-        UserError: an option has no meaning, a script or SLURM is missing, or a raw result is damaged.
+        UserError: an option has a value that it cannot have, a script or SLURM is missing, or a raw result is damaged.
     """
     cells, results_dir = choose_cells(args), ROOT / args.results_dir
     if args.target == "report":
@@ -420,7 +425,7 @@ def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
         if now == "failed":
             print(f"failed: {job.cell}, log in {job.folder / 'log.txt'}; --retry runs it once more")
         elif now == "other settings":
-            other = ", ".join(f"{name} {value}" for name, value in differences(read(job.result), job.settings).items())
+            other = ", ".join(f"{name} {value}" for name, value in differences(read(job.result), job).items())
             print(f"other settings: {job.result} was made with {other}; --overwrite replaces it")
     print(f"cells: {', '.join(f'{states.count(now)} {now}' for now in dict.fromkeys(states))}")
     print(f"tables and figures: {args.results_dir}/report")
