@@ -343,6 +343,15 @@ def markdown_table(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
 
 
+def summary(target: Target, rows: list[Row]) -> str:
+    """How many cells have been run, and which algorithm is best in how many rows."""
+    return (
+        f"Cells run: {sum(len(row.here) for row in rows)} of {len(target.cells()) * len(target.shifts)}. "
+        f"Best of at least two: {show_wins([row.best() for row in rows])} here; "
+        f"{show_wins([row.best(paper=True) for row in rows])} in the paper."
+    )
+
+
 def markdown(target: Target, rows: list[Row]) -> str:
     """For each scenario and environment a table of returns, here and in the paper, and one of normalised scores."""
     everything = list(dict.fromkeys(cell.variant for cell in target.cells()))
@@ -350,9 +359,7 @@ def markdown(target: Target, rows: list[Row]) -> str:
         f"# {target.title}\n\n"
         "Returns: mean ± standard deviation over seeds here / the same in the paper; bold is the best here.\n"
         "Normalised scores: interquartile mean over seeds [95% bootstrap interval]. A dash: not run here.\n\n"
-        f"Cells run: {sum(len(row.here) for row in rows)} of {len(target.cells()) * len(target.shifts)}. "
-        f"Best of at least two: {show_wins([row.best() for row in rows])} here; "
-        f"{show_wins([row.best(paper=True) for row in rows])} in the paper.\n"
+        f"{summary(target, rows)}\n"
     )
     for shift, scenario in dict.fromkeys((row.shift, row.scenario) for row in rows):
         group = [row for row in rows if (row.shift, row.scenario) == (shift, scenario)]
@@ -520,3 +527,23 @@ def write_report(name: str, results_dir: Path) -> str:
         figure.savefig(path.with_suffix(".png"), dpi=100)
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return text
+
+
+OVERVIEW = """# What did the experiments show?
+
+`python experiments/reproduce.py report` writes this page, the tables and the figures from the raw results in
+[`results/`](../results/README.md). Returns are means over seeds of the last parameters. A cell is one algorithm on one
+dataset in one environment. Each heading has its figure and a link to its table, which shows every mean and spread next
+to the paper's.
+"""
+
+
+def write_overview(path: Path, results_dir: Path) -> None:
+    """Write docs/results.md: every target's figure, its summary and a link to its table."""
+    text = OVERVIEW
+    for name, target in TARGETS.items():
+        rows, report = read_rows(target, results_dir), f"../{results_dir.name}/report/{name}"
+        text += f"\n## {target.title}\n\n{summary(target, rows)}\n[Table]({report}.md), [CSV]({report}.csv).\n"
+        if any(row.here for row in rows):
+            text += f"\n![{target.title}]({report}.png)\n"
+    write(path, text)

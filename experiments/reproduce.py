@@ -45,6 +45,7 @@ from experiments.report import (
     read,
     result_path,
     write,
+    write_overview,
     write_report,
     write_result,
 )
@@ -406,6 +407,8 @@ def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
     if args.target == "report":
         for name in TARGETS:
             write_report(name, results_dir)
+        if results_dir == ROOT / "results":
+            write_overview(ROOT / "docs" / "results.md", results_dir)
         print(f"wrote {args.results_dir}/report")
         return True
     jobs = list({job.folder: job for job in (make_job(cell, args, further) for cell in cells)}.values())
