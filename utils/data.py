@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,9 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
     task = common.task_name(args)
     folder = common.dataset_path(args.data_dir, task, args.dataset).parent
     if not folder.exists():
-        print(f"{folder}: no such dataset, making it")
+        if args.data_dir != "datasets" and not Path(args.data_dir).exists():
+            raise UserError(f"--data-dir {args.data_dir}: no such folder; create it to have datasets made there")
+        print(f"{folder}: no such dataset, making it from pretrained/", file=sys.stderr)
         try:
             with torch.random.fork_rng():  # so that this run equals the next one, which finds the dataset made
                 collect_datasets.collect(task, args.dataset, data_dir=args.data_dir)
@@ -34,6 +39,10 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
     made_with = data.metadata.get("prey_checksum")
     if prey is not None and made_with not in (None, policy_checksum(prey)):
         raise UserError(f"{folder}: made with another prey; pass it as --prey, or delete the folder to make it anew")
+    outside = (data.action.abs() > 1.0001).float().mean().item()
+    if outside:
+        share = f"{outside:.2%} of the action entries are outside [-1, 1], where no policy here can act"
+        print(f"warning: {folder}: {share}; scale the actions", file=sys.stderr)
     if args.data_fraction < 1:
         data = take_share(data, args.data_fraction)
     reward = data.reward if args.raw_rewards else standardise(data.reward, data.done)
