@@ -333,4 +333,4 @@ def cuda_graph(step):
 
 def compiled(step):
     """`step()` through torch.compile, with the random numbers that it draws without."""
-    return torch.compile(step, options={"fallback_random": True})
+    return torch.compile(step, dynamic=False, options={"fallback_random": True})
