@@ -432,7 +432,7 @@ def draw_fig2(target: Target, rows: list[Row]) -> Figure:
         for variant, ax in zip(columns, axes, strict=False):
             ax.set(title=f"{variant.label}: {show_assignments(row, variant)}", xticks=[], yticks=[], aspect="equal")
             if variant in row.here:
-                with np.load(row.here[variant].paths) as arrays:
+                with np.load(row.here[variant].paths, allow_pickle=False) as arrays:
                     paths, landmarks = (arrays[f"{row.shift}-{name}"] for name in ("paths", "landmarks"))
                 for path in paths:  # [26, agents, 2]
                     for agent, points in enumerate(path.swapaxes(0, 1)):

@@ -1,15 +1,21 @@
 """The scripts from end to end on tiny data: what they write, print, continue and refuse."""
 
+import errno
+import importlib.machinery
 import json
 import os
+import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, fields
+import types
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -20,18 +26,20 @@ import collect_datasets
 import common
 import dom2_mamujoco
 import dom2_mpe
-from baselines import madiff, omar
-from common import UserError
-from dom2_mpe import Args
+from baselines.ma_cql import MA_CQL
+from baselines.omar import OMAR
+from dom2_mpe import DOM2, train
 from particle_env import EPISODE_STEPS, SCENARIOS, parallel_env
+from run import WITH_EVAL_ONLY, WITH_RESUME, parse
+from utils.checkpoints import load_checkpoint, locked, new_run_dir, restore
+from utils.evaluation import closing_table
+from utils.frozen import load_prey, policy_action
+from utils.program import UserError, program
+from utils.provenance import script_command
 
 ROOT = Path(common.__file__).parent
 NAN, INF = float("nan"), float("inf")
 SMALL = dict(num_seeds=2, updates=6, batch_size=8, widths=(8, 8), critic_widths=(8,), eval_interval=2, eval_episodes=4)
-
-
-def train(args):
-    return dom2_mpe.train(args, dom2_mpe)
 
 
 def flags(**options):
@@ -44,6 +52,26 @@ def flags(**options):
         else:
             words += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return words
+
+
+def resumed(run, option="resume", algorithm=DOM2, **changes):
+    """Options that continue (or evaluate) a run."""
+    return replace(load_checkpoint(run, algorithm)[0], **{option: str(run)}, **changes)
+
+
+def stored(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def logged(run):
+    """{tag: {step: value}} in all TensorBoard files of a run, of which the last may end in the middle of a record."""
+    scalars = {}
+    for file in sorted(run.glob("events.*")):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+    return scalars
 
 
 def files(folder):
@@ -62,12 +90,14 @@ def prey(pretrained):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir, prey):
-    """A run of the script in its own process: run folder, what it printed, its options."""
-    folder = tmp_path_factory.mktemp("finished")
+    """A run of the script in its own process: run folder, what it printed, its options. It imports no MuJoCo."""
+    folder, path = tmp_path_factory.mktemp("finished"), tmp_path_factory.mktemp("path")
+    (path / "mujoco.py").write_text("open('mujoco was imported', 'w')")
     places = dict(data_dir=str(data_dir), prey=prey, run_dir=str(folder / "runs"), cuda=False, capture_video=True)
     options = dict(scenario="simple_tag", dataset="random", seed=3, **SMALL, **places)
     command = [sys.executable, str(ROOT / "dom2_mpe.py"), *flags(**options)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    env = os.environ | {"PYTHONPATH": str(path)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert os.listdir(folder) == ["runs"]
     return the_run(folder / "runs"), done, options
@@ -82,15 +112,17 @@ def small(tmp_path, data_dir):
 
 @pytest.fixture
 def script(monkeypatch, capfd, tmp_path):
-    """script(module, *words): exit code, standard output and error of a program started in tmp_path."""
+    """script(algorithm or collect_datasets, *words): exit code, output and errors of a program started in tmp_path."""
 
-    def script(module, *words):
-        monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *words])
+    def script(what, *words):
+        name = "collect_datasets.py" if what is collect_datasets else f"{what.name}_mpe.py"
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        monkeypatch.setenv("COLUMNS", "1000")  # of tyro's boxes
         monkeypatch.chdir(tmp_path)
         code = 0
         capfd.readouterr()
         try:
-            common.run(module.main)
+            program(what.main if what is collect_datasets else lambda: train(parse(what, "a description"), what))
         except SystemExit as stop:
             code = stop.code
         out, err = capfd.readouterr()
@@ -107,8 +139,8 @@ def test_run_folder_holds_config_and_results(finished, data_dir):
     config, results = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "results"))
     for name, value in options.items():
         assert config[name] == (list(value) if isinstance(value, tuple) else value)
-    assert config.keys() == {field.name for field in fields(Args)}
-    assert all(config[name] is not None for name in dom2_mpe.SETTING_NAMES)  # filled in
+    assert config.keys() == {field.name for field in fields(DOM2.Args)}
+    assert config["eta"] == DOM2.settings["simple_tag", "random"]["eta"]  # the dataset's own
 
     expected = dict(algorithm="dom2", scenario="simple_tag", dataset="random", num_seeds=2, updates=6, eval_episodes=4)
     assert {name: results[name] for name in expected} == expected
@@ -123,7 +155,8 @@ def test_run_folder_holds_config_and_results(finished, data_dir):
     statistics = {"mean": returns.mean(), "max": returns.max(), "transitions": 500}
     assert {name: results["data"][name] for name in statistics} == pytest.approx(statistics, rel=1e-4)
     assert "torch" in results["hardware"] and 0 < results["seconds"] < 100
-    assert results["command"].endswith(" ".join(flags(**options))) and results["command"].startswith("python ")
+    words = shlex.split(results["command"])
+    assert words[0] == "python" and words[2:] == flags(**options)
     assert results["commit"] == "unknown" or len(results["commit"]) == 40
 
 
@@ -146,16 +179,14 @@ def test_run_prints_the_table(finished):
 
 def test_run_logs_to_tensorboard(finished):
     run, _, _ = finished
-    events = EventAccumulator(str(run))
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    assert {"losses/td", "losses/diffusion", "losses/q", "charts/episodic_return", "charts/q_data"} <= set(tags)
-    assert {tag.split("/")[0] for tag in tags} == {"charts", "losses"}
-    returns = events.Scalars("charts/episodic_return")
-    assert [event.step for event in returns] == [2, 4, 6]
+    log = logged(run)
+    assert {"losses/td", "losses/diffusion", "losses/q", "charts/episodic_return", "charts/q_data"} <= log.keys()
+    assert {tag.split("/")[0] for tag in log} == {"charts", "losses"}
+    returns = log["charts/episodic_return"]
+    assert list(returns) == [2, 4, 6]
     results = json.loads((run / "results.json").read_text())
-    assert returns[-1].value == pytest.approx(np.mean(results["returns"]["none"]), rel=1e-5)  # the last parameters
-    assert events.Scalars("losses/td")[-1].step == 6
+    assert returns[6] == pytest.approx(np.mean(results["returns"]["none"]), rel=1e-5)  # the last parameters
+    assert max(log["losses/td"]) == 6
 
 
 def test_run_writes_a_gif(finished):
@@ -186,28 +217,43 @@ def test_policy_plays_in_three_lines(finished):
 
 def test_policy_is_that_of_the_chosen_seed_and_agent(finished, tmp_path, prey):
     """Networks that always answer one corner, another one for every seed and agent."""
-    checkpoint = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    checkpoint = stored(finished[0])
     corners = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1], [1, -1], [-1, 1.0]])  # [seed-major learners, 2]
     *_, last = (key for key in checkpoint["learners"] if key.startswith("policy.net") and key.endswith("weight"))
     checkpoint["learners"][last].zero_()
     checkpoint["learners"][last.replace("weight", "bias")].copy_(20 * corners[:, None])
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     obs, _ = parallel_env("simple_tag").reset(seed=0)
-    frozen = common.load_prey(prey, 14, "cpu")
+    frozen = load_prey(prey, 14)
     for seed in (0, 1):
-        actions = dom2_mpe.load_policy(tmp_path, seed)(obs)
+        actions = dom2_mpe.load_policy(tmp_path, seed_index=seed)(obs)
         assert list(actions) == list(SCENARIOS["simple_tag"].agents)
         np.testing.assert_allclose([actions[f"adversary_{i}"] for i in range(3)], corners[3 * seed :][:3], atol=0.1)
         np.testing.assert_allclose(
-            actions["agent_0"], common.policy_action(frozen, torch.from_numpy(obs["agent_0"])), atol=1e-6
+            actions["agent_0"], policy_action(frozen, torch.from_numpy(obs["agent_0"])), atol=1e-6
         )
 
 
-def test_the_table_of_one_seed_shows_no_spread(finished, capsys):
+def test_policies_take_observations_of_any_type_and_can_be_pickled(finished):
+    obs, _ = parallel_env("simple_tag").reset(seed=0)
+    obs = {name: np.round(x) for name, x in obs.items()}
+    expected = dom2_mpe.load_policy(finished[0])(obs)
+    changes = [
+        *(lambda x, dtype=dtype: x.astype(dtype) for dtype in (np.float64, np.int64, ">f4")),
+        *(lambda x: x[::-1].copy()[::-1], torch.from_numpy, list),
+    ]
+    for change in changes:
+        actions = dom2_mpe.load_policy(finished[0])({name: change(x) for name, x in obs.items()})
+        for name, action in expected.items():
+            np.testing.assert_array_equal(actions[name], action)
+    again = pickle.loads(pickle.dumps(dom2_mpe.load_policy(finished[0])))(obs)
+    np.testing.assert_equal(again, expected)
+
+
+def test_the_table_of_one_seed_shows_no_spread(finished):
     results = json.loads((finished[0] / "results.json").read_text())
     results |= {"num_seeds": 1, "returns": {"none": [12.34], "speed": [5.0]}}
-    dom2_mpe.print_table(results)
-    out = capsys.readouterr().out
+    out = closing_table(results)
     assert "mean return of 4 episodes of one seed\n" in out
     assert re.search(r"^standard +12\.3 +8\.7 ", out, re.MULTILINE) and "12.3 ±" not in out
 
@@ -221,7 +267,7 @@ def copied(finished, tmp_path):
 def test_eval_only_reproduces_the_returns(copied, script, tmp_path, data_dir):
     before, first = files(copied), json.loads((copied / "results.json").read_text())
     options = dict(eval_only=str(copied), eval_episodes=4, data_dir=str(data_dir), cuda=False)
-    code, out, err = script(dom2_mpe, *flags(**options))
+    code, out, err = script(DOM2, *flags(**options))
     assert code == 0, err
     again = json.loads((copied / "evaluation.json").read_text())
     assert again["returns"] == first["returns"] and again["updates"] == 6
@@ -231,20 +277,11 @@ def test_eval_only_reproduces_the_returns(copied, script, tmp_path, data_dir):
     assert not (tmp_path / "runs").exists()
 
 
-def test_eval_only_takes_its_own_evaluation_options(copied, script, data_dir):
-    options = dict(eval_only=str(copied), eval_episodes=3, eval_candidates=4, shift="none", data_dir=str(data_dir))
-    code, _, err = script(dom2_mpe, *flags(**options, cuda=False))
-    assert code == 0, err
-    results = json.loads((copied / "evaluation.json").read_text())
-    assert (results["eval_episodes"], results["settings"]["eval_candidates"]) == (3, 4)
-    assert list(results["returns"]) == ["none"]
-
-
-# ---- training ----
+# ---- runs that were interrupted ----
 
 
 def assert_same_checkpoint(run, other):
-    a, b = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (run, other))
+    a, b = stored(run), stored(other)
     assert a["updates"] == b["updates"]
     for name, value in b["learners"].items():
         assert torch.equal(a["learners"][name], value), name
@@ -254,137 +291,335 @@ def assert_same_checkpoint(run, other):
     assert torch.equal(a["rng"], b["rng"])
 
 
-def test_resume_continues_bit_for_bit(small, tmp_path, monkeypatch):
-    whole = train(Args(**small | dict(run_dir=str(tmp_path / "whole"))))
-    calls, update = [], dom2_mpe.update
+def nth(number, do):
+    """DOM2 whose `number`th update calls `do` first."""
+    calls = []
 
-    def interrupted(*args):
+    def update(*args):
         calls.append(1)
-        if len(calls) == 4:  # after the checkpoint of update 2 and one update more
-            raise KeyboardInterrupt
-        return update(*args)
+        if len(calls) == number:
+            do()
+        return DOM2.update(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dom2_mpe, "update", interrupted)
-        train(Args(**small))
+    return DOM2._replace(update=update)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data_dir):
+    """An undisturbed run with the options of `small`, to read only: run folder, results."""
+    folder = tmp_path_factory.mktemp("whole")
+    places = dict(data_dir=str(data_dir), run_dir=str(folder), cuda=False)
+    results = train(DOM2.args("simple_spread", "random", **SMALL, **places))
+    return the_run(folder), results
+
+
+def test_resume_continues_bit_for_bit(small, tmp_path, whole):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(DOM2.args(**small), nth(4, interrupt))  # after the checkpoint of update 2 and one update more
     run = the_run(tmp_path / "runs")
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["updates"] == 2
+    assert stored(run)["updates"] == 2
     assert not (run / "results.json").exists()
     torch.manual_seed(1234)
-    resumed = train(Args(resume=str(run), data_dir=small["data_dir"]))
-    assert resumed["returns"] == whole["returns"] and resumed["updates"] == 6
-
-    assert_same_checkpoint(run, the_run(tmp_path / "whole"))
-    for name in ("charts/episodic_return", "losses/td"):
-        logs = []
-        for folder in (run, the_run(tmp_path / "whole")):
-            events = EventAccumulator(str(folder))
-            events.Reload()
-            logs.append({event.step: event.value for event in events.Scalars(name)})
-        assert logs[0] == logs[1]
+    results = train(resumed(run))
+    assert results["returns"] == whole[1]["returns"] and results["updates"] == 6
+    assert_same_checkpoint(run, whole[0])
+    assert logged(run) == logged(whole[0])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_say_how_to_go_on(number, small, tmp_path, monkeypatch, capsys):
-    whole = train(Args(**small | dict(run_dir=str(tmp_path / "whole"))))
-    calls, update = [], dom2_mpe.update
-
-    def signalled(*args):
-        calls.append(1)
-        if len(calls) == 3:  # in the middle of an update between two checkpoints
-            os.kill(os.getpid(), number)
-        return update(*args)
-
+def test_signals_save_and_say_how_to_go_on(number, small, tmp_path, whole, monkeypatch, capsys):
+    """The printed command can be pasted, also where there are spaces in it."""
     handler = signal.getsignal(number)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
-        patch.setattr(dom2_mpe, "update", signalled)
-        train(Args(**small))
+    monkeypatch.setattr(sys, "argv", ["dom2_mpe.py"])
+    monkeypatch.chdir(tmp_path)
+    kill = lambda: os.kill(os.getpid(), number)  # noqa: E731
+    with pytest.raises(SystemExit) as exit:
+        train(DOM2.args(**small | dict(run_dir="my runs")), nth(3, kill))  # between two checkpoints
     assert exit.value.code == 128 + number and signal.getsignal(number) is handler
-    run = the_run(tmp_path / "runs")
-    assert f"stopped after update 3; go on with: python dom2_mpe.py --resume {run}" in capsys.readouterr().out
-    resumed = train(Args(resume=str(run), data_dir=small["data_dir"]))
-    assert resumed["returns"] == whole["returns"] and (whole["first_update"], resumed["first_update"]) == (0, 3)
-    assert_same_checkpoint(run, the_run(tmp_path / "whole"))
+    run = the_run(tmp_path / "my runs")
+    message, command = capsys.readouterr().out.splitlines()[-1].split("; go on with: ")
+    assert message == "stopped after update 3" and stored(run)["updates"] == 3
+    words = shlex.split(command)
+    assert words == ["python", "dom2_mpe.py", "--resume", str(run.relative_to(tmp_path))]
+    results = train(parse(DOM2, "", words[2:]))
+    assert results["returns"] == whole[1]["returns"]
+    assert (whole[1]["first_update"], results["first_update"]) == (0, 3)
+    assert_same_checkpoint(run, whole[0])
+
+
+def test_printed_commands_without_a_relative_path(monkeypatch):
+    def relpath(path):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", relpath)
+    monkeypatch.setattr(sys, "argv", ["/my scripts/dom2_mpe.py"])
+    assert shlex.split(script_command()) == ["python", "/my scripts/dom2_mpe.py"]
 
 
 @pytest.mark.parametrize("damage", [lambda f: f.write_bytes(f.read_bytes()[:999]), lambda f: f.unlink()])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, small, tmp_path, capsys):
-    whole = train(Args(**small))
-    run = the_run(tmp_path / "runs")
-    last = torch.load(run / "checkpoint.pt", weights_only=True)["updates"]
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, whole, tmp_path, capsys):
+    run = shutil.copytree(whole[0], tmp_path / "run")
     damage(run / "checkpoint.pt")
-    resumed = train(Args(resume=str(run), data_dir=small["data_dir"]))
-    assert "warning: " in capsys.readouterr().err and resumed["returns"] == whole["returns"]
-    assert torch.load(run / "checkpoint-previous.pt", weights_only=True)["updates"] < last
+    results = train(resumed(run))
+    assert "warning: " in capsys.readouterr().err and results["returns"] == whole[1]["returns"]
+    assert results["first_update"] == 4
+    assert torch.load(run / "checkpoint-previous.pt", weights_only=True)["updates"] == 4
+    assert_same_checkpoint(run, whole[0])
 
 
-def test_resume_goes_on_to_more_updates(small, tmp_path):
-    longer = train(Args(**small | dict(run_dir=str(tmp_path / "longer"), updates=8)))
-    train(Args(**small))
-    run = the_run(tmp_path / "runs")
-    resumed = train(Args(resume=str(run), updates=8, data_dir=small["data_dir"]))
-    assert resumed["returns"] == longer["returns"] and resumed["updates"] == 8
-    assert_same_checkpoint(run, the_run(tmp_path / "longer"))
+@pytest.mark.parametrize("failing", ["write_bytes", "replace"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(failing, whole, tmp_path, monkeypatch):
+    """Whichever step of writing fails, one of the two files is whole."""
+    calls, replace_file = [], os.replace
+
+    def full(path, contents):
+        with open(path, "wb") as file:
+            file.write(contents[:1000])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stopped(*paths):  # between the two renames
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace_file(*paths)
+
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    with monkeypatch.context() as patch:
+        if failing == "replace":
+            patch.setattr(os, "replace", stopped)
+        else:
+            patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(UserError, match=r"run: No space left .*free some space; .* --resume .* goes on"):
+            train(resumed(run, updates=8))
+    assert not list(run.glob("*.tmp"))
+    longer = train(resumed(run, updates=8))
+    assert longer["first_update"] == 6 and stored(run)["updates"] == 8
 
 
-def test_resume_does_not_go_back(small, tmp_path):
-    train(Args(**small))
-    with pytest.raises(UserError, match="--updates 3"):
-        train(Args(resume=str(the_run(tmp_path / "runs")), updates=3, data_dir=small["data_dir"]))
+def test_other_errors_of_the_disk_are_not_called_full(whole, tmp_path, monkeypatch):
+    def refuse(path, contents):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(UserError) as error:
+        train(resumed(run, updates=8))
+    assert str(error.value) == f"{run}: Permission denied"
+
+
+# ---- the lock ----
+
+
+def test_a_run_is_not_continued_while_it_still_runs(whole, tmp_path):
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    before = files(run)
+    with locked(run), pytest.raises(UserError, match="run: another process is training it"):
+        train(resumed(run, updates=8))
+    after = files(run)
+    assert all(after[name] == contents for name, contents in before.items()) and after.keys() - before.keys() <= {
+        Path("lock")
+    }
+    assert train(resumed(run, updates=8))["updates"] == 8
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_file_systems_without_locks(number, whole, tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    fcntl = pytest.importorskip("fcntl")
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert train(resumed(run, updates=8))["updates"] == 8
+    err = capsys.readouterr().err
+    assert f"warning: {run}: no lock" in err and "space" not in err
+    assert train(resumed(run, updates=9))["updates"] == 9  # nothing is left that would keep others out
+
+
+def test_systems_without_locks(tmp_path, monkeypatch, capsys):
+    def acquire(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with locked(tmp_path):
+        assert "warning: " in capsys.readouterr().err
+
+
+# ---- options given with --resume and --eval-only ----
+
+
+def test_resume_goes_on_to_more_updates(small, tmp_path, whole):
+    longer = train(DOM2.args(**small | dict(updates=8)))
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    results = train(resumed(run, updates=8))
+    assert results["returns"] == longer["returns"] and results["updates"] == 8
+    assert_same_checkpoint(run, the_run(tmp_path / "runs"))
+    with pytest.raises(UserError, match="--updates 7"):  # nor back again
+        train(resumed(run, updates=7))
+
+
+def test_options_given_with_resume_are_honoured(copied, script):
+    before = json.loads((copied / "config.json").read_text())
+    changes = dict(updates=9, actor_lr=1e-4, critic_lr=2e-4, eval_interval=3, eval_episodes=3, shift="none")
+    code, _, err = script(DOM2, *flags(resume=str(copied), **changes, eta=40.0))  # eta as it was
+    assert code == 0, err
+    results = json.loads((copied / "results.json").read_text())
+    changes |= dict(resume=str(copied), shift=["none"], capture_video=False)
+    assert results["settings"] == before | changes
+    assert results["returns"].keys() == {"none"} and results["eval_episodes"] == 3
+    optimizers = stored(copied)["optimizers"]
+    assert [optimizers[name]["param_groups"][0]["lr"] for name in ("policy", "critic")] == [1e-4, 2e-4]
+    assert list(logged(copied)["charts/episodic_return"]) == [2, 4, 6, 9]
+
+
+def test_a_lower_learning_rate_changes_what_is_learned(whole, tmp_path):
+    weights = []
+    for actor_lr in (3e-3, 1e-5):
+        run = shutil.copytree(whole[0], tmp_path / str(actor_lr))
+        train(resumed(run, updates=7, actor_lr=actor_lr))
+        weights.append(next(v for k, v in stored(run)["learners"].items() if "policy.net.obs_in" in k))
+    before = next(v for k, v in stored(whole[0])["learners"].items() if "policy.net.obs_in" in k)
+    large, small = ((x - before).abs().max() for x in weights)
+    assert 0 < small < large / 10
+
+
+def test_options_given_with_eval_only_are_honoured(copied, script):
+    before = json.loads((copied / "config.json").read_text())
+    code, _, err = script(DOM2, *flags(eval_only=str(copied), eval_episodes=3, shift="none", capture_video=True))
+    assert code == 0, err
+    results = json.loads((copied / "evaluation.json").read_text())
+    assert results["settings"] == before | dict(eval_only=str(copied), eval_episodes=3, shift=["none"])
+    assert list(results["returns"]) == ["none"] and (copied / "policy.gif").exists()
+
+
+def another(value):
+    """A valid value of an option, other than `value`."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 or 0.5
+    if isinstance(value, tuple):
+        return value[:1] if len(value) > 1 else (*value, *value)
+    return "elsewhere"
+
+
+OTHER = dict(scenario="simple_world", dataset="expert", prediction="noise", noise_net="residual", thresholds=(1.0,))
+
+
+@pytest.mark.parametrize(
+    "option, honoured", [("resume", WITH_RESUME), ("eval_only", WITH_EVAL_ONLY)], ids=["resume", "eval_only"]
+)
+def test_options_that_cannot_be_honoured_are_refused_by_name(option, honoured, copied):
+    args, before = resumed(copied, option), files(copied)
+    refused = [field.name for field in fields(args) if field.name not in honoured]
+    assert {"seed", "num_seeds", "prey", "eta", "widths", "bf16", "run_dir"} <= set(refused)
+    for name in refused:
+        changed = replace(args, **{name: OTHER.get(name, another(getattr(args, name)))})
+        with pytest.raises(UserError) as error:
+            train(changed)
+        assert str(error.value).startswith(f"--{name.replace('_', '-')} ")
+    assert files(copied) == before
+
+
+def test_resume_or_eval_only_but_not_both(copied, script, tmp_path):
+    refused(script, tmp_path, *flags(resume=str(copied), eval_only=str(copied)), naming="--eval-only")
+
+
+def test_a_run_that_was_compiled_goes_on_where_that_is_impossible(whole, tmp_path, monkeypatch):
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    checkpoint = stored(run)
+    checkpoint["args"]["compile"] = True
+    torch.save(checkpoint, run / "checkpoint.pt")
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("no compiler"))
+    results = train(parse(DOM2, "", flags(resume=str(run), compile=False, updates=7)))
+    assert results["updates"] == 7 and not results["settings"]["compile"]
 
 
 @pytest.mark.parametrize("option", ["resume", "eval_only"])
-def test_a_run_knows_where_its_data_are(option, small, tmp_path, monkeypatch):
-    train(Args(**small))
+def test_a_run_knows_where_its_data_are(option, whole, tmp_path, data_dir, monkeypatch):
+    run = shutil.copytree(whole[0], tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(collect_datasets, "collect", lambda *args, **kwargs: pytest.fail("made other data"))
-    results = train(Args(**{option: str(the_run(tmp_path / "runs"))}))
-    assert results["settings"]["data_dir"] == small["data_dir"]
+    results = train(resumed(run, option))
+    assert results["settings"]["data_dir"] == str(data_dir)
+    assert results["returns"] == whole[1]["returns"]
 
 
-def test_same_seed_same_run_and_another_seed_another(small):
-    first, second, third = (train(Args(**small | dict(seed=seed)))["returns"] for seed in (0, 0, 1))
-    assert first == second
-    assert first["none"][0] not in third["none"]
+def test_restoring_keeps_what_the_device_needs():
+    """A CUDA graph needs capturable optimisers, which a checkpoint made on a CPU does not have."""
+    learners = torch.nn.ModuleDict({"policy": torch.nn.Linear(2, 2)})
+    optimizers = {"policy": torch.optim.Adam(learners.parameters(), 0.1)}
+    learners["policy"].weight.sum().backward()
+    optimizers["policy"].step()
+    checkpoint = {"learners": learners.state_dict(), "optimizers": {"policy": optimizers["policy"].state_dict()}}
+    others = {"policy": torch.optim.Adam(learners.parameters(), 0.2, capturable=True, fused=True)}
+    restore(learners, others, checkpoint, "run")
+    (group,) = others["policy"].param_groups
+    assert group["capturable"] and group["fused"] and group["lr"] == 0.2
+    for name, value in optimizers["policy"].state_dict()["state"][0].items():
+        assert torch.equal(others["policy"].state_dict()["state"][0][name], value)
+
+
+# ---- training ----
+
+
+def test_same_seed_same_run_and_another_seed_another(small, whole):
+    again, other = (train(DOM2.args(**small | dict(seed=seed)))["returns"] for seed in (0, 1))
+    assert again == whole[1]["returns"]
+    assert again["none"][0] not in other["none"]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(noise_net="residual", prediction="noise"),
-        dict(eval_candidates=3, max_grad_norm=0.5, zeta=0.0),
-        dict(scenario="simple_world", shift="none"),
-        dict(dataset="random-medium", num_seeds=1, diffusion_steps=1),
+        dict(noise_net="residual", prediction="noise", zeta=0.1),
+        dict(scenario="simple_world", shift=("none",), max_grad_norm=0.0),
+        dict(dataset="random-medium", num_seeds=1, diffusion_steps=1, eta=1.0, bc_weight=0.0, augment=False),
+        dict(raw_rewards=True, reward_scale=0.1, max_grad_norm=1.0, bf16=True),
     ],
     ids=str,
 )
-def test_other_options_train(changes, small, pretrained):
-    args = Args(**small | dict(prey=str(pretrained / "simple_world.pt"), updates=3) | changes)
+def test_other_options_train_and_play(changes, small, pretrained):
+    args = DOM2.args(**small | dict(prey=str(pretrained / "simple_world.pt"), updates=2) | changes)
     results = train(args)
     assert np.isfinite(results["returns"]["none"]).all()
     assert len(results["returns"]["none"]) == args.num_seeds
+    assert results["milliseconds_per_action"] > 0
 
 
 def test_without_eta_it_is_cloning(small):
-    small |= dict(eta=0.0, updates=3)
-    results = train(Args(**small))
-    assert results["algorithm"] == "bc" and results["settings"]["eta"] == 0
-    events = EventAccumulator(str(the_run(small["run_dir"])))
-    events.Reload()
-    assert "losses/diffusion" in events.Tags()["scalars"] and "losses/td" not in events.Tags()["scalars"]
+    results = train(DOM2.args(**small | dict(eta=0.0, updates=2)))
+    assert results["algorithm"] == "dom2" and results["settings"]["eta"] == 0
+    log = logged(the_run(small["run_dir"]))
+    assert "losses/diffusion" in log and "losses/td" not in log
 
 
-@pytest.fixture
-def sampled(monkeypatch):
-    """The data that training samples from at every update."""
-    seen, sample_batch = [], dom2_mpe.sample_batch
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, such as Debian's g++")
+def test_compiled_updates_learn_the_same(small, tmp_path, whole):
+    command = [sys.executable, str(ROOT / "dom2_mpe.py"), *flags(**small, compile=True)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    compiled, plain = stored(the_run(small["run_dir"])), stored(whole[0])
+    assert compiled["args"]["compile"] and compiled["updates"] == 6
+    for name, value in plain["learners"].items():
+        torch.testing.assert_close(compiled["learners"][name], value, rtol=1e-3, atol=1e-4)
+
+
+def sampled(args):
+    """The data that training samples from, and the results."""
+    seen = []
 
     def spy(data, *args):
         seen.append(data)
-        return sample_batch(data, *args)
+        return DOM2.sample_batch(data, *args)
 
-    monkeypatch.setattr(dom2_mpe, "sample_batch", spy)
-    return seen
+    results = train(args, DOM2._replace(sample_batch=spy))
+    return seen[0], results
 
 
 def team_returns(data_dir):
@@ -394,120 +629,126 @@ def team_returns(data_dir):
 
 
 @pytest.mark.parametrize("changes", [{}, {"quantiles": (0.3, 0.8)}, {"thresholds": (150.0, 170.0)}], ids=str)
-def test_training_samples_with_the_weights_of_algorithm_1(changes, small, sampled, data_dir):
-    train(Args(**small | dict(updates=1) | changes))
+def test_training_samples_with_the_weights_of_algorithm_1(changes, small, data_dir):
+    data, _ = sampled(DOM2.args(**small | dict(updates=1) | changes))
     returns = team_returns(data_dir)
-    thresholds = changes.get("thresholds", np.quantile(returns, changes.get("quantiles", Args.quantiles)))
+    thresholds = changes.get("thresholds", np.quantile(returns, changes.get("quantiles", DOM2.Args.quantiles)))
     weights = [1 + sum(value >= r for r in thresholds) for value in returns]
-    assert torch.bincount(sampled[0].index).tolist() == np.repeat(weights, EPISODE_STEPS).tolist()
+    assert torch.bincount(data.index).tolist() == np.repeat(weights, EPISODE_STEPS).tolist()
     assert max(weights) > 1
 
 
-def test_no_augment(small, sampled):
-    train(Args(**small | dict(updates=1, augment=False)))
-    assert sampled[0].index.sort().values.tolist() == list(range(20 * EPISODE_STEPS))
+def test_no_augment(small):
+    data, _ = sampled(DOM2.args(**small | dict(updates=1, augment=False)))
+    assert data.index.sort().values.tolist() == list(range(20 * EPISODE_STEPS))
 
 
-def test_data_fraction_keeps_whole_trajectories(small, sampled, data_dir):
+def test_data_fraction_keeps_whole_trajectories(small, data_dir):
     """Sampling weights, statistics and the scale of the rewards are those of what is kept."""
     folder = data_dir / "simple_spread" / "random" / "seed_0_data"
     obs = np.stack([np.load(folder / f"obs_{i}.npy") for i in range(3)]).reshape(3, 20, EPISODE_STEPS, 18)
     choices = []
-    for i, seed in enumerate((0, 1, 1)):
-        results = train(Args(**small | dict(updates=1, data_fraction=0.25, seed=seed)))
-        rows = sampled[i].rows
-        assert rows.shape[:2] == (3, 5 * EPISODE_STEPS)
-        kept = rows[:, :, :18].view(3, 5, EPISODE_STEPS, 18).numpy()
+    for seed in (0, 1, 1):
+        data, results = sampled(DOM2.args(**small | dict(updates=1, data_fraction=0.25, seed=seed)))
+        assert data.obs.shape == (3, 5 * EPISODE_STEPS, 18)
+        kept = data.obs.view(3, 5, EPISODE_STEPS, 18).numpy()
         choices.append([next(e for e in range(20) if (obs[:, e] == kept[:, k]).all()) for k in range(5)])
         returns = team_returns(data_dir)[choices[-1]]
-        weights = [1 + sum(value >= r for r in np.quantile(returns, Args.quantiles)) for value in returns]
-        assert torch.bincount(sampled[i].episodes).tolist() == weights
+        weights = [1 + sum(value >= r for r in np.quantile(returns, DOM2.Args.quantiles)) for value in returns]
+        assert torch.bincount(data.episodes).tolist() == weights
         assert results["data"]["mean"] == pytest.approx(returns.mean(), rel=1e-4)
         assert results["data"]["max"] == pytest.approx(returns.max(), rel=1e-4)
         assert results["data"]["transitions"] == 125
-        assert rows[:, :, 20].std().item() == pytest.approx(1, rel=1e-3)
+        assert data.reward.std().item() == pytest.approx(1, rel=1e-3)
+        assert data.reward.mean().item() == pytest.approx(0, abs=1e-4)
     assert len(set(choices[0])) == len(set(choices[1])) == 5
     assert set(choices[0]) != set(choices[1]) == set(choices[2])
 
 
-def test_a_data_set_that_another_process_makes_in_the_meantime(small, tmp_path, monkeypatch, collect):
+def test_a_dataset_that_another_process_makes_in_the_meantime(small, tmp_path, monkeypatch, collect):
     def too_late(*names, **options):
         collect(*names, **options)
         collect(*names, **options)  # finds the one above
 
     monkeypatch.setattr(collect_datasets, "collect", too_late)
-    assert train(Args(**small | dict(updates=1, data_dir=str(tmp_path / "new"))))["data"]["transitions"] == 500
+    (tmp_path / "new").mkdir()
+    assert train(DOM2.args(**small | dict(updates=1, data_dir=str(tmp_path / "new"))))["data"]["transitions"] == 500
 
 
-def test_missing_data_set_is_made_first(small, tmp_path, monkeypatch, collect):
-    folder = tmp_path / "new"
-    monkeypatch.setattr(collect_datasets, "collect", lambda *names, **options: collect(*names, **options))
-    results = train(Args(**small | dict(updates=1, data_dir=str(folder))))
-    assert results["data"]["transitions"] == 500
-    assert (folder / "simple_spread" / "random" / "seed_0_data" / "metadata.json").exists()
+def test_a_mistyped_folder_makes_no_data(small, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect_datasets, "collect", lambda *args, **kwargs: pytest.fail("made data"))
+    refused(script, tmp_path, *flags(**small | dict(data_dir="datsets")), naming="--data-dir datsets")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(solver="ddpm", prediction="noise", zeta=0.0),  # Diffusion-QL made multi-agent
-        dict(noise_net="residual", diffusion_steps=1, eta=1.0, bc_weight=0.0),
-        dict(q_normaliser="printed", solver="ddpm", diffusion_steps=2, eval_candidates=3, eta=1.0),
-        dict(raw_rewards=True, reward_scale=0.1, max_grad_norm=1.0, bf16=False),
-    ],
-    ids=str,
-)
-def test_variants_train_and_play(changes, small):
-    results = train(Args(**small | dict(updates=2) | changes))
-    assert np.isfinite(results["returns"]["none"]).all() and len(results["returns"]["none"]) == 2
-    assert results["milliseconds_per_action"] > 0
+def test_missing_dataset_is_made_first_and_makes_no_difference(small, tmp_path, monkeypatch, whole, capsys):
+    """The run equals one that finds the dataset."""
+    folder = tmp_path / "new" / "simple_spread" / "random"
+    (tmp_path / "new").mkdir()
+
+    def collect(*names, **options):
+        torch.manual_seed(5)
+        shutil.copytree(Path(small["data_dir"]) / "simple_spread" / "random", folder)
+
+    monkeypatch.setattr(collect_datasets, "collect", collect)
+    results = train(DOM2.args(**small | dict(data_dir=str(tmp_path / "new"))))
+    assert results["returns"] == whole[1]["returns"]
+    assert str(folder) in capsys.readouterr().err  # says where it makes data
 
 
 def test_landmarks6_reports_what_its_figures_show(small, capsys):
-    results = train(Args(**small | dict(scenario="landmarks6", updates=1)))
+    results = train(DOM2.args(**small | dict(scenario="landmarks6", updates=1)))
     assert results["returns"].keys() == results["assignments"].keys() == {"none", "dismiss"}
     for found in results["assignments"].values():
         assert len(found["distinct"]) == len(found["entropy"]) == 2 and min(found["distinct"]) >= 1
     assert "dismiss: " in capsys.readouterr().out
 
 
-def test_losses_that_are_not_finite_end_the_run(small, monkeypatch):
+def test_losses_that_are_not_finite_end_the_run(small):
     def update(learners, *args):
         bad = torch.zeros(6)
         bad[4] = float("nan")  # seed 1, agent 1
         return {"losses/td": torch.zeros(6), "losses/q": bad}
 
-    monkeypatch.setattr(dom2_mpe, "update", update)
-    with pytest.raises(UserError, match=r"update 1: losses/q of seed 8, agent 1 is not finite"):
-        train(Args(**small | dict(eval_interval=6, seed=7)))
+    with pytest.raises(UserError, match="update 6: losses/q of seed 8, agent 1 is not finite; lower the"):
+        train(DOM2.args(**small | dict(eval_interval=6, seed=7)), DOM2._replace(update=update))
     run = the_run(small["run_dir"])
     assert not (run / "results.json").exists() and not (run / "checkpoint-previous.pt").exists()
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["updates"] == 0
+    assert stored(run)["updates"] == 0
 
 
-def test_a_broken_state_does_not_replace_the_last_checkpoint(small, monkeypatch):
-    calls, update = [], dom2_mpe.update
+@pytest.mark.parametrize("updates, noticed", [(150, 100), (9, 9)])
+def test_losses_are_checked_every_100_updates_and_before_evaluations(updates, noticed, small, tmp_path):
+    def update(learners, *args):
+        return {"losses/td": torch.full((6,), INF)}
+
+    with pytest.raises(UserError, match=f"update {noticed}: losses/td of seed 0, agent 0 is not finite"):
+        train(DOM2.args(**small | dict(updates=updates, eval_interval=1000)), DOM2._replace(update=update))
+
+
+def test_a_broken_state_does_not_replace_the_last_checkpoint(small):
+    calls = []
 
     def broken(*args):
         calls.append(1)
-        metrics = update(*args)
-        return metrics if len(calls) < 4 else {tag: value * float("nan") for tag, value in metrics.items()}
+        metrics = DOM2.update(*args)
+        return metrics if len(calls) < 4 else {tag: value * NAN for tag, value in metrics.items()}
 
-    monkeypatch.setattr(dom2_mpe, "update", broken)
-    with pytest.raises(UserError, match=r"update 4: .* is not finite"):
-        train(Args(**small | dict(updates=9, eval_interval=3)))
-    assert torch.load(the_run(small["run_dir"]) / "checkpoint.pt", weights_only=True)["updates"] == 3
+    with pytest.raises(UserError, match=r"update 6: .* is not finite"):
+        train(DOM2.args(**small | dict(updates=9, eval_interval=3)), DOM2._replace(update=broken))
+    assert stored(the_run(small["run_dir"]))["updates"] == 3
 
 
-@pytest.mark.parametrize("value", [NAN, INF])
-@pytest.mark.parametrize("network", ["policy", "critic", "target_policy", "target_critic", "optimizer"])
-def test_a_broken_parameter_is_not_saved(network, value, small, monkeypatch):
+@pytest.mark.parametrize(
+    "network, value",
+    [("policy", NAN), ("critic", INF), ("target_policy", -INF), ("target_critic", NAN), ("optimizer", INF)],
+)
+def test_a_broken_parameter_is_not_saved(network, value, small):
     """It breaks in the very update that is saved next, whose losses are still finite."""
-    calls, update = [], dom2_mpe.update
+    calls = []
 
     def broken(learners, optimizers, *args):
         calls.append(1)
-        metrics = update(learners, optimizers, *args)
+        metrics = DOM2.update(learners, optimizers, *args)
         if len(calls) == 4:
             if network == "optimizer":
                 tensor = next(iter(optimizers["critic"].state.values()))["exp_avg_sq"]
@@ -516,172 +757,181 @@ def test_a_broken_parameter_is_not_saved(network, value, small, monkeypatch):
             tensor.view(6, -1)[4, -1] = value  # seed 1, agent 1
         return metrics
 
-    monkeypatch.setattr(dom2_mpe, "update", broken)
     with pytest.raises(UserError, match="update 4: a parameter of seed 8, agent 1 is not finite"):
-        train(Args(**small | dict(seed=7)))
-    assert torch.load(the_run(small["run_dir"]) / "checkpoint.pt", weights_only=True)["updates"] == 2
+        train(DOM2.args(**small | dict(seed=7)), DOM2._replace(update=broken))
+    assert stored(the_run(small["run_dir"]))["updates"] == 2
 
 
 def test_two_runs_in_the_same_second_have_their_own_folders(small):
-    args = dom2_mpe.resolve(Args(**small))
-    runs = {dom2_mpe.new_run_dir(args, "dom2") for _ in range(5)}
+    args = DOM2.args(**small)
+    runs = {new_run_dir(args, "dom2") for _ in range(5)}
     assert len(runs) == 5 and all(run.is_dir() for run in runs)
+
+
+def test_runs_are_logged_to_wandb_where_asked(copied, script, monkeypatch):
+    logged, wandb = [], types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = lambda **options: logged.append(options)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    code, _, err = script(DOM2, *flags(resume=str(copied), updates=7, track=True))
+    assert code == 0, err
+    (options,) = logged
+    assert options["name"] == copied.name and options["config"]["updates"] == 7 and options["sync_tensorboard"]
 
 
 # ---- options ----
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("dataset", common.DATASETS)
-def test_settings_are_valid_and_the_command_line_wins(scenario, dataset):
-    args = dom2_mpe.resolve(Args(scenario=scenario, dataset=dataset))
-    row = dict(zip(dom2_mpe.SETTING_NAMES, dom2_mpe.SETTINGS[scenario, dataset], strict=True))
-    for name, value in row.items():
-        assert getattr(Args(), name) is None and getattr(args, name) == value
-        other = (5, 5) if isinstance(value, tuple) else type(value)(value / 2) or 1.0
-        given = dom2_mpe.resolve(Args(scenario=scenario, dataset=dataset, **{name: other}))
-        assert asdict(given) == asdict(args) | {name: other}
-    assert dom2_mpe.resolve(args) == args
+def test_settings_are_valid_and_the_command_line_wins(scenario):
+    for dataset in common.DATASETS:
+        args, row = DOM2.args(scenario, dataset), DOM2.settings.get((scenario, dataset), {})
+        assert asdict(args) == asdict(DOM2.Args()) | dict(scenario=scenario, dataset=dataset) | row
+    words = ["--scenario", scenario, "--dataset", dataset]
+    assert parse(DOM2, "", words) == args
+    others = {name: ("none",) if name == "shift" else another(value) for name, value in row.items()}
+    assert DOM2.args(scenario, dataset, **others) == replace(args, **others)
+    assert parse(DOM2, "", words + flags(**others)) == replace(args, **others)
 
 
-@pytest.mark.parametrize(
-    "flags, expected", [({"avx512_f": True, "avx512_bf16": False}, False), ({"amx_bf16": True}, True)]
-)
-def test_bfloat16_where_the_hardware_has_it(flags, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
-    assert [module.Args().bf16 for module in (dom2_mpe, dom2_mamujoco, madiff, omar)] == [expected] * 4
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert not dom2_mpe.Args().bf16
+def test_settings_name_existing_datasets_and_options():
+    for algorithm in (DOM2, dom2_mamujoco.DOM2, OMAR, MA_CQL):
+        for (scenario, dataset), row in algorithm.settings.items():
+            assert dataset in common.DATASETS and algorithm.args(scenario, dataset).scenario == scenario
+            assert row.keys() <= {field.name for field in fields(algorithm.Args)}
 
 
-def test_settings_name_existing_data_sets():
-    for scenario, dataset in dom2_mpe.SETTINGS:
-        assert scenario in SCENARIOS and dataset in common.DATASETS
+def test_defaults_do_not_ask_the_hardware(monkeypatch):
+    for name in ("is_available", "is_bf16_supported", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **kwargs: pytest.fail("asked"))
+    for algorithm in (DOM2, dom2_mamujoco.DOM2, OMAR):
+        args = parse(algorithm, "", ["--no-cuda"])
+        assert not args.cuda and not args.bf16 and not args.compile
+
+
+def test_option_types_of_the_command_line():
+    words = flags(widths=(5, 6), eta=2.0, augment=False, shift="none", thresholds=(1.0, -2.5), prey="a b", seed=3)
+    args = parse(DOM2, "", words)
+    assert args == DOM2.args(
+        widths=(5, 6), eta=2.0, augment=False, shift=("none",), thresholds=(1.0, -2.5), prey="a b", seed=3
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        *(
-            {name: "nonsense"}
-            for name in ("scenario", "dataset", "shift", "noise_net", "prediction", "solver", "q_normaliser")
-        ),
+        *({name: "nonsense"} for name in ("scenario", "dataset", "noise_net", "prediction")),
+        *({"shift": value} for value in (("nonsense",), ("speed", "nonsense"))),
         *({name: 0} for name in ("num_seeds", "updates", "batch_size", "diffusion_steps")),
-        *({name: -1} for name in ("eval_interval", "eval_episodes", "eval_candidates")),
-        *({name: -0.1} for name in ("eta", "zeta", "bc_weight", "reward_scale", "max_grad_norm", "beta_min")),
-        *(
-            {name: NAN}
-            for name in ("eta", "zeta", "bc_weight", "reward_scale", "max_grad_norm", "beta_min", "beta_max")
-        ),
+        *({name: -1} for name in ("eval_interval", "eval_episodes")),
+        *({name: -0.1} for name in ("eta", "zeta", "bc_weight", "reward_scale", "max_grad_norm", "beta_max")),
+        *({name: NAN} for name in ("eta", "zeta", "bc_weight", "reward_scale", "max_grad_norm", "beta_max")),
         *({name: INF} for name in ("eta", "zeta", "bc_weight", "reward_scale", "max_grad_norm", "beta_max")),
         *({name: 0.0} for name in ("data_fraction", "rho", "actor_lr", "critic_lr")),
         *({name: 1.01} for name in ("data_fraction", "rho", "actor_lr", "critic_lr")),
         *({name: NAN} for name in ("data_fraction", "rho", "actor_lr", "critic_lr", "gamma")),
         *({"data_fraction": value} for value in (-0.5, INF)),
         *({"gamma": value} for value in (-0.1, 1.0, 2.0)),
-        {"beta_max": 0.1},
-        {"beta_max": 0.05},
         *({name: ()} for name in ("widths", "critic_widths")),
         *({name: (8, 0)} for name in ("widths", "critic_widths")),
         *({"quantiles": (0.5, value)} for value in (-0.1, 1.1, NAN)),
         {"thresholds": (5.0, NAN)},
         *({"seed": value} for value in (-1, 2**31)),
         {"eta": 0.0, "bc_weight": 0.0},
-        {"eval_candidates": 2, "eta": 0.0},
     ],
     ids=str,
 )
-def test_options_without_a_meaning_are_refused(changes, script, small, tmp_path):
+def test_options_without_a_meaning_are_refused(changes):
     with pytest.raises(UserError) as error:
-        dom2_mpe.resolve(Args(**changes))
+        DOM2.args(**changes)
     for name in changes:
         assert f"--{name.replace('_', '-')}" in str(error.value)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError):  # train() checks them before it writes anything
-        train(Args(**small | changes))
-    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", [dom2_mamujoco.DOM2, OMAR], ids=lambda algorithm: algorithm.name)
+def test_numbers_at_the_edge_of_a_range(algorithm):
+    with pytest.raises(UserError, match="--agent-obsk -1: must be at least 0"):
+        algorithm.args("HalfCheetah", agent_obsk=-1)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         *({name: 1.0} for name in ("data_fraction", "rho", "actor_lr", "critic_lr")),
-        *({name: 0.0} for name in ("eta", "zeta", "gamma", "max_grad_norm", "beta_min")),
+        *({name: 0.0} for name in ("eta", "zeta", "gamma", "max_grad_norm")),
         {"bc_weight": 0.0, "eta": 1.0},
         {"data_fraction": 1e-6},
         {"quantiles": (0.0, 1.0)},
         {"thresholds": (-5.0, 1000.0)},
         *({"seed": value} for value in (0, 2**31 - 1)),
-        {"eval_candidates": 2, "eta": 1.0},
         {"num_seeds": 1, "updates": 1, "batch_size": 1, "diffusion_steps": 1, "eval_interval": 1, "eval_episodes": 1},
     ],
     ids=str,
 )
 def test_extreme_options_are_allowed(changes):
-    args = dom2_mpe.resolve(Args(**changes))
+    args = DOM2.args(**changes)
     assert all(getattr(args, name) == value for name, value in changes.items())
 
 
-@pytest.mark.parametrize("module", [dom2_mpe, collect_datasets], ids=lambda module: module.__name__)
-def test_help_explains_every_option(module, script, tmp_path):
-    code, out, err = script(module, "--help")
+@pytest.mark.parametrize("what", [DOM2, OMAR, collect_datasets], ids=lambda what: getattr(what, "name", "collect"))
+def test_help_explains_every_option(what, script, tmp_path):
+    code, out, err = script(what, "--help")
     assert (code, err) == (0, "")
-    for field in fields(module.Args):
+    for field in fields(what.Args):
         assert f"-{field.name.replace('_', '-')}" in out  # --name or --no-name
     assert not os.listdir(tmp_path)
 
 
-# ---- bad input: one line, exit code 2, nothing written ----
+def test_help_shows_the_settings_of_what_is_given(script, copied):
+    out = script(DOM2, "--scenario", "simple_tag", "--dataset", "medium", "--help")[1]
+    assert re.search(r"--updates .*\(default: 8000\)", out)
+    out = script(DOM2, "--resume", str(copied), "--help")[1]
+    assert re.search(r"--updates .*\(default: 6\)", out)
 
 
-def refused(script, tmp_path, *words, naming, module=dom2_mpe):
+# ---- bad input: a message that names it, exit code 2, nothing written ----
+
+
+def refused(script, tmp_path, *words, naming, what=DOM2, boxed=False):
+    """Ends with one line of ours or, if `boxed`, with tyro's message."""
     before = files(tmp_path)
-    code, out, err = script(module, *words)
+    code, out, err = script(what, *words)
     assert code == 2, err
-    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
-    assert naming in err, err
+    assert naming in err and "Traceback" not in out + err, err
+    assert err.startswith("╭") if boxed else err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
     assert files(tmp_path) == before
-    assert "Traceback" not in out
 
 
 @pytest.mark.parametrize(
-    "option, value",
+    "words",
     [
-        *((name, "nonsense") for name in ("scenario", "dataset", "noise_net", "prediction", "shift")),
-        *(("data_fraction", value) for value in (0.0, 1.5, -1.0)),
-        *(("updates", 0), ("num_seeds", 0), ("eval_candidates", 0), ("gamma", 1.0), ("widths", (0,)), ("eta", -1.0)),
+        *(["--" + name, "nonsense"] for name in ("scenario", "dataset", "noise-net", "prediction", "shift")),
+        *(["--data-fraction", value] for value in ("0", "1.5", "nan")),
+        *(["--" + name, "0"] for name in ("updates", "num-seeds", "widths")),
+        ["--gamma", "1"],
+        ["--eta", "-1"],
+        ["--widths"],
+        ["--resume"],
+        ["--nonsense", "3"],
+        ["--seed", "x"],
+        ["--seed"],
+        ["--seed", "1.5"],
+        ["--seed", "-1"],
+        ["random"],
+        *(["--" + name, "1"] for name in ("solver", "q-normaliser", "eval-candidates", "beta-min")),
     ],
+    ids=" ".join,
 )
-def test_bad_options(option, value, script, tmp_path, small):
-    flag = f"--{option.replace('_', '-')}"
-    refused(script, tmp_path, *flags(**small | {option: value}), naming=flag)
+def test_words_that_are_no_options(words, script, tmp_path):
+    refused(script, tmp_path, *words, naming=words[0], boxed=True)
 
 
-@pytest.mark.parametrize("module", [dom2_mpe, collect_datasets], ids=lambda module: module.__name__)
-@pytest.mark.parametrize(
-    "words, naming",
-    [
-        (["--nonsense", "3"], "--nonsense, 3"),
-        (["--seed", "x"], "--seed"),
-        (["--seed"], "--seed"),
-        (["--seed", "1.5"], "--seed"),
-        (["--seed", "-1"], "--seed -1"),
-        (["random"], "random"),
-    ],
-    ids=str,
-)
-def test_words_that_are_no_options(words, naming, module, script, tmp_path):
-    refused(script, tmp_path, *words, naming=naming, module=module)
-
-
-def test_error_ends_the_process_with_exit_code_2(tmp_path):
-    command = [sys.executable, str(ROOT / "dom2_mpe.py"), "--data-fraction", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: --data-fraction 0") and done.stderr.count("\n") == 1
-    assert not os.listdir(tmp_path)
+def test_options_that_do_not_fit_together(script, tmp_path, small):
+    refused(script, tmp_path, *flags(**small, eta=0.0, bc_weight=0.0), naming="--eta 0 --bc-weight 0")
+    refused(script, tmp_path, *flags(**small, shift="dismiss"), naming="'dismiss'")  # another scenario's
+    words = flags(scenario="HalfCheetah", dataset="random", agent_conf="7x7")
+    refused(script, tmp_path, *words, naming="7x7", what=OMAR)
 
 
 def test_bad_data(script, tmp_path, small, data_dir):
@@ -718,7 +968,7 @@ def test_prey_is_that_of_the_data(script, tmp_path, small, pretrained, data_dir)
     options = flags(**small | dict(scenario="simple_tag", updates=1) | places)
     refused(script, tmp_path, *options, naming="--prey")
     (tmp_path / "datasets" / "simple_tag" / "random" / "seed_0_data" / "metadata.json").unlink()
-    assert script(dom2_mpe, *options)[0] == 0
+    assert script(DOM2, *options)[0] == 0
 
 
 every_way_in = pytest.mark.parametrize("option", ["resume", "eval_only"])
@@ -763,40 +1013,49 @@ def other_optimizer(checkpoint):
     return checkpoint
 
 
-@every_way_in
 @pytest.mark.parametrize(
     "change",
     [
-        lambda checkpoint: {},
         lambda checkpoint: {"args": {}},
-        lambda checkpoint: {"args": None},
+        lambda checkpoint: checkpoint | {"args": None},
         lambda checkpoint: [1, 2],
         lambda checkpoint: torch.zeros(3),
         lambda checkpoint: {"model": torch.zeros(3), "epoch": 4},
         lambda checkpoint: {"args": {"lr": 0.1}, "model": torch.zeros(3)},
         lambda checkpoint: checkpoint["learners"],
+        lambda checkpoint: checkpoint | {"algorithm": "omar"},
         other_network,
         other_optimizer,
-        without("learners"),
-        *(without(key) for key in ("optimizers", "updates", "rng", "prey")),
+        *(without(key) for key in ("args", "algorithm", "learners", "optimizers", "updates", "rng", "prey")),
         with_args(num_seeds=3),
-        with_args(widths=(8, 9)),
+        with_args(critic_widths=(9,)),
         with_args(learning_rate=0.1),
+        with_args(gamma=2.0),
     ],
 )
-def test_checkpoints_of_another_kind(change, option, script, tmp_path, finished, data_dir):
+def test_checkpoints_of_another_kind(change, script, tmp_path, finished):
     run = tmp_path / "run"
     run.mkdir()
-    torch.save(change(torch.load(finished[0] / "checkpoint.pt", weights_only=True)), run / "checkpoint.pt")
-    words = flags(**{option: str(run), "data_dir": str(data_dir), "cuda": False})
-    refused(script, tmp_path, *words, naming="checkpoint.pt")
+    torch.save(change(stored(finished[0])), run / "checkpoint.pt")
+    refused(script, tmp_path, "--resume", str(run), naming=str(run / "checkpoint.pt"))
+    refused(script, tmp_path, "--eval-only", str(run), naming=str(run / "checkpoint.pt"))
+
+
+def test_a_run_of_another_algorithm(small, data_dir):
+    """OMAR's options are MA-CQL's and more, and their networks are the same."""
+    options = {k: v for k, v in small.items() if k != "critic_widths"}
+    train(MA_CQL.args(**options | dict(updates=1)), MA_CQL)
+    run = the_run(small["run_dir"])
+    for algorithm in (OMAR, DOM2, dom2_mamujoco.DOM2):
+        with pytest.raises(UserError, match=r"checkpoint\.pt: not a checkpoint of this script"):
+            load_checkpoint(run, algorithm)
 
 
 @every_way_in
-@pytest.mark.parametrize("name, value", [("scenario", "simple_world"), ("dataset", "expert")])
-def test_checkpoint_of_another_scenario_or_data_set(name, value, option, script, tmp_path, copied, data_dir):
-    options = {name: value, option: str(copied), "data_dir": str(data_dir), "cuda": False}
-    refused(script, tmp_path, *flags(**options), naming=f"--{name} {value}")
+@pytest.mark.parametrize("name, value", [("scenario", "simple_world"), ("dataset", "expert"), ("num_seeds", 3)])
+def test_checkpoint_of_another_scenario_or_dataset(name, value, option, script, tmp_path, copied):
+    options = {name: value, option: str(copied), "cuda": False}
+    refused(script, tmp_path, *flags(**options), naming=f"--{name.replace('_', '-')} {value}")
 
 
 def test_load_policy_of_no_run(tmp_path):
@@ -814,9 +1073,10 @@ def test_unusable_run_folder(script, tmp_path, small):
     refused(script, tmp_path, *flags(**small | dict(run_dir=str(tmp_path / "file"))), naming="--run-dir")
 
 
-def test_wandb_is_optional(script, tmp_path, small, monkeypatch):
+def test_wandb_is_optional(script, tmp_path, small, copied, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused(script, tmp_path, *flags(**small, track=True), naming="--track")
+    refused(script, tmp_path, "--resume", str(copied), "--track", naming="--track")
 
 
 # ---- collect_datasets.py ----
@@ -837,46 +1097,24 @@ def test_collect_datasets_from_the_command_line(script, tmp_path, pretrained):
         assert line.split()[1:5] == ["500", *numbers]
     assert "500/500" in err  # the progress bar
 
-    code, out, _ = script(collect_datasets, *words, "--seed", "1")
-    assert code == 0 and out.count("exists, kept") == 4 and files(tmp_path) == made
+    code, out, err = script(collect_datasets, *words, "--seed", "1")
+    assert code == 0 and (out + err).count("exists, kept") == 4 and files(tmp_path) == made
     code, _, _ = script(collect_datasets, *words, "--seed", "1", "--overwrite")
     assert code == 0 and files(tmp_path).keys() == made.keys() and files(tmp_path) != made
 
 
 @pytest.mark.parametrize(
-    "options, naming",
+    "options, naming, boxed",
     [
-        (dict(scenario="nonsense"), "--scenario nonsense"),
-        (dict(dataset=("random", "nonsense")), "--dataset nonsense"),
-        (dict(num_transitions=49), "--num-transitions 49"),
-        (dict(num_transitions=-1000), "--num-transitions -1000"),
-        (dict(pretrained_dir="none"), "none"),
+        (dict(scenario="nonsense"), "--scenario nonsense", False),
+        (dict(dataset=("random", "nonsense")), "nonsense", True),
+        (dict(num_transitions=49), "--num-transitions 49", False),
+        (dict(num_transitions=-1000), "--num-transitions -1000", False),
+        (dict(pretrained_dir="none"), "none", False),
+        (dict(nonsense=3), "--nonsense", True),
     ],
+    ids=str,
 )
-def test_bad_input_of_collect_datasets(options, naming, script, tmp_path, pretrained):
-    refused(
-        script,
-        tmp_path,
-        *flags(**dict(pretrained_dir=str(pretrained)) | options),
-        naming=naming,
-        module=collect_datasets,
-    )
-
-
-def test_retraining_does_not_overwrite_policies(script, tmp_path, pretrained):
-    before = files(pretrained)
-    words = flags(train=True, scenario="simple_tag", pretrained_dir=str(pretrained))
-    refused(script, tmp_path, *words, naming="--overwrite", module=collect_datasets)
-    assert files(pretrained) == before
-
-
-# ---- imports ----
-
-
-def test_the_particle_scripts_leave_mujoco_alone(tmp_path):
-    (tmp_path / "mujoco.py").touch()  # a stand-in, so that the test means something where MuJoCo is not installed
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    code = "import sys, dom2_mpe, collect_datasets; print([m for m in sys.modules if m.startswith('mujoco')])"
-    env = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_bad_input_of_collect_datasets(options, naming, boxed, script, tmp_path, pretrained):
+    words = flags(**dict(pretrained_dir=str(pretrained)) | options)
+    refused(script, tmp_path, *words, naming=naming, what=collect_datasets, boxed=boxed)
