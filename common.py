@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from torch import Tensor
 import mamujoco_env
 import particle_env
 from utils.arrays import REMEDY, load_array, read_metadata
+from utils.options import DatasetName
 from utils.program import UserError
 
 ROOT = Path(__file__).resolve().parent
-DATASETS = ("random", "random-medium", "medium-replay", "medium", "medium-expert", "expert")
+DATASETS = get_args(DatasetName)  # random, random-medium, medium-replay, medium, medium-expert, expert
 # (expert, random) mean returns of the published OMAR datasets, means over their five versions
 NORMALISATION = {
     "simple_spread": (516.8, 159.8),
@@ -28,14 +29,14 @@ NORMALISATION = {
 
 
 def task_name(args) -> str:
-    """Name of the environment that the options mean: the scenario or, for MuJoCo, robot and partition of its joints."""
+    """Name of the environment that the options select: the scenario or, for MuJoCo, robot and joint partition."""
     if args.scenario in particle_env.SCENARIOS:
         return args.scenario
     return mamujoco_env.task_name(args.scenario, args.agent_conf, args.agent_obsk)
 
 
 def make_env(task: str, num_envs: int = 1, shift: str = "none", device="cpu", seed=0, prey=None, render_mode=None):
-    """`num_envs` environments: a TeamEnv (which see for `prey`) or a MujocoEnv, which share one interface.
+    """`num_envs` environments: a TeamEnv (its docstring explains `prey`) or a MujocoEnv. Both have one interface.
 
     Raises:
         UserError: there is no such scenario, partition or shift.
@@ -53,7 +54,7 @@ def make_env(task: str, num_envs: int = 1, shift: str = "none", device="cpu", se
 
 
 def normalised_score(scenario: str, episode_return):
-    """100 (return - random) / (expert - random), the field's normalisation (Fu et al. 2020); None without constants."""
+    """100 (return - random) / (expert - random), the field's normalisation (Fu et al. 2020), or None."""
     if scenario not in NORMALISATION:
         return None
     expert, random = NORMALISATION[scenario]
@@ -61,7 +62,7 @@ def normalised_score(scenario: str, episode_return):
 
 
 def paper_result(scenario: str, dataset: str, shift: str, algorithm: str = "DOM2") -> tuple[float, float] | None:
-    """Mean and standard deviation of the episode return in the paper's Tables 1 to 4; None where they have no cell."""
+    """Mean and standard deviation of the episode return in the paper's Tables 1 to 4; None if there is no such cell."""
     cell = {"scenario": scenario, "dataset": dataset, "shift": shift, "algorithm": algorithm}
     with open(ROOT / "results" / "paper.csv", newline="") as f:
         for row in csv.DictReader(f):
@@ -78,7 +79,7 @@ class Dataset(NamedTuple):
     reward: Tensor  # [n, T]
     next_obs: Tensor  # [n, T, d]
     done: Tensor  # [n, T], 1 after a terminal state, 0 at a time limit
-    starts: Tensor  # [episodes], row in which each begins
+    starts: Tensor  # [episodes], first row of each
     lengths: Tensor  # [episodes], its number of rows
     returns: Tensor  # [episodes], team return: mean over agents of the sum of rewards
     metadata: dict  # of metadata.json, empty where there is none
@@ -109,7 +110,7 @@ def load_dataset(data_dir: str | Path, task: str, dataset: str, env) -> Dataset:
     datasets from elsewhere come without one and get every other check.
 
     Raises:
-        UserError: a file is missing, damaged, of another shape than its neighbours or the scenario, or not finite.
+        UserError: a file is missing, damaged, of a shape that does not fit the others or the scenario, or not finite.
     """
     path, n = dataset_path(data_dir, task, dataset), env.num_agents
     metadata = read_metadata(path, task, dataset)
@@ -136,7 +137,7 @@ def load_dataset(data_dir: str | Path, task: str, dataset: str, env) -> Dataset:
 
 
 def episode_lengths(ended: Tensor, episode_steps: int) -> Tensor:
-    """Lengths of a dataset's episodes, [episodes]: ends are where `ended` [T] is true or `episode_steps` rows on."""
+    """Lengths of the episodes, [episodes]. One ends where `ended` [T] is true, or after `episode_steps` rows."""
     ends = (ended.nonzero()[:, 0] + 1).tolist()
     if not ends or ends[-1] < len(ended):
         ends.append(len(ended))

@@ -54,7 +54,7 @@ class DataArgs(options.DataArgs):
 
 @dataclass
 class TrainingArgs(options.TrainingArgs):
-    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+    """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
     actor_lr: Share = 3e-3
     """Adam's learning rate of the diffusion policies"""
@@ -102,7 +102,7 @@ class Args(DataArgs, TrainingArgs, NetworkArgs, options.EvaluationArgs, options.
             raise UserError("--eta 0 --bc-weight 0: nothing is left to learn from; give one of them a positive weight")
 
 
-# Options that a dataset needs other than by default, found by experiment (docs/settings.md); the command line wins.
+# Where a dataset needs other values than the defaults: found by experiment (docs/settings.md). The command line wins.
 SETTINGS = {
     ("simple_spread", "random"): dict(updates=5_000, batch_size=1024, critic_widths=(128, 128), eta=60.0),
     ("simple_spread", "random-medium"): dict(critic_widths=(128, 128)),
@@ -160,7 +160,7 @@ class NoiseSchedule:
 
 
 def time_grid(num_steps: int) -> list[float]:
-    """Uniform diffusion times in denoising order, N + 1 floats: tau_N = 1, ..., tau_0 = 1e-3 (sigma(0) = 0 divides)."""
+    """N + 1 uniform diffusion times in denoising order, from tau_N = 1 to tau_0 = 1e-3; 0 would divide by sigma(0)."""
     return [1e-3 + (1 - 1e-3) * i / num_steps for i in range(num_steps, -1, -1)]
 
 
@@ -174,7 +174,7 @@ def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int,
     Args:
         noise_fn: eps(a, tau) of noisy actions [..., A] and one diffusion time (a float) -> [..., A].
         noise: a_N ~ N(0, I), [..., A].
-        clip: clip the clean action that every step predicts to [-1, 1].
+        clip: in every step, clip the predicted clean action to [-1, 1].
     """
     a = noise
     for s, t in pairwise(time_grid(num_steps)):  # from tau_i = s to tau_{i-1} = t; the last one ends at tau_0
@@ -232,7 +232,7 @@ class MLPNoiseNet(nn.Module):
 
     def forward(self, noisy_action: Tensor, obs: Tensor, t) -> Tensor:
         """noisy_action [L, B, A], obs [L, B, d], diffusion time t (a float or [L, B]) -> [L, B, A]."""
-        # the first layer on [action, obs, time], its three parts computed apart
+        # the first layer's input is [action, obs, time]; each part has its own weight matrix
         condition = self.obs_in(obs) + (self.time_in(self.time(t)) + self.action_in.bias)
         x = torch.baddbmm(condition, noisy_action, self.action_in.weight)
         for layer in self.layers:
@@ -256,10 +256,9 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNoiseNet(nn.Module):
-    """Figure 8's noise network, "resembling U-Net" after SfBC (Chen et al. 2022): residual blocks that narrow to a
-    middle block and widen again, each upward block also fed with its downward counterpart's output. A condition made of
-    the observation's and the time's embeddings enters every block. `widths` are those of the downward half.
-    """
+    """Figure 8's noise network, "resembling U-Net" after SfBC (Chen et al. 2022): residual blocks narrow to a middle
+    block by `widths` and widen again. Every upward block also sees its downward counterpart's output, and every block a
+    condition made of the observation's and the time's embeddings."""
 
     def __init__(self, num_learners: int, obs_size: int, action_size: int, widths):
         super().__init__()
@@ -298,7 +297,7 @@ class DiffusionPolicy(nn.Module):
 
     With prediction="noise" the network's output f is eps_theta. With prediction="action" it stands for a clean action
     a0 = tanh(f), and the solver gets the noise eps_theta = (a - alpha a0) / sigma that this action implies. Every
-    predicted action then lies in [-1, 1], and no gradient is cut off by clipping it.
+    predicted action then lies in [-1, 1]; the clamp at the end cuts off what noise is left at tau_0, about 0.01.
     """
 
     solver = staticmethod(dpm_solver)  # a subclass may have another one
@@ -316,8 +315,8 @@ class DiffusionPolicy(nn.Module):
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Denoise: observations [L, B, d] and Gaussian noise [L, B, A] -> actions [L, B, A] in [-1, 1]."""
-        solve = partial(self.solver, schedule=self.schedule, num_steps=self.num_steps, clip=self.prediction == "noise")
-        return solve(lambda a, t: self.eps(a, obs, t), noise).clamp(-1, 1)
+        chain = self.schedule, self.num_steps, self.prediction == "noise"
+        return self.solver(lambda a, t: self.eps(a, obs, t), noise, *chain).clamp(-1, 1)
 
 
 class TwinCritic(nn.Module):
@@ -332,7 +331,7 @@ class TwinCritic(nn.Module):
         self.layers = nn.ModuleList(StackedLinear(2 * num_learners, i, o) for i, o in pairwise(sizes))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        twins = len(self.layers[0].weight) // len(obs)  # 2, or 1 where `q1` passes every second parameter
+        twins = len(self.layers[0].weight) // len(obs)  # 2; 1 in `q1`, which passes the first twin's parameters
         x = torch.cat([obs, action], -1).repeat_interleave(twins, 0)  # [2 L, B, d + A]
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
@@ -351,11 +350,11 @@ def q_of_candidates(q, obs: Tensor, actions: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Losses, one number per learner: [L]. The gradient of their sum is, for each learner, that of its own loss.
+# Losses, one number per learner: [L]. They are independent: the gradient of their sum is each learner's own.
 
 
 class Batch(NamedTuple):
-    """A minibatch per learner, and every random number that its update needs: the losses draw none themselves."""
+    """A minibatch per learner, and the random numbers of its update. The losses themselves draw no random numbers."""
 
     obs: Tensor  # [L, B, d]
     action: Tensor  # [L, B, A]
@@ -429,8 +428,8 @@ def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float
 def augment(returns: Tensor, thresholds) -> Tensor:
     """Algorithm 1: the indices of all trajectories, plus each index once for every threshold that its return reaches.
 
-    Returns [episodes] and thresholds -> int64 indices [episodes + replicas]. Sampling these uniformly samples
-    trajectory i with weight 1 + #{r_th <= returns[i]}; no data are copied.
+    Returns [episodes] and thresholds -> int64 indices [episodes + replicas]. Minibatches are drawn from the rows of
+    these, so a row of trajectory i has the weight 1 + #{r_th <= returns[i]}; no data are copied.
     """
     episodes = torch.arange(len(returns), device=returns.device)
     return torch.cat([episodes, *(episodes[returns >= r_th] for r_th in thresholds)])
@@ -439,11 +438,13 @@ def augment(returns: Tensor, thresholds) -> Tensor:
 def sample_transitions(data: Dataset, args) -> tuple[Tensor, ...]:
     """Algorithm 2, line 5: an independent minibatch for each learner, from its own agent's part of the dataset.
 
-    Returns obs [L, B, d], action [L, B, A], reward [L, B], next_obs [L, B, d], done [L, B], Dataset's first fields.
+    Returns obs [L, B, d], action [L, B, A], reward [L, B], next_obs [L, B, d], done [L, B], as the Dataset has them.
     """
     (n, T, _), device = data.obs.shape, data.obs.device
     L, B = args.num_seeds * n, args.batch_size
-    step = data.index[torch.randint(len(data.index), (L, B), device=device)]  # of the (replicated) trajectories
+    step = data.index[
+        torch.randint(len(data.index), (L, B), device=device)
+    ]  # rows of all trajectories, replicas included
     agent = torch.arange(L, device=device)[:, None] % n
     row = (agent * T + step).flatten()
     return tuple(x.flatten(0, 1).index_select(0, row).unflatten(0, (L, B)) for x in data[:5])
@@ -451,9 +452,8 @@ def sample_transitions(data: Dataset, args) -> tuple[Tensor, ...]:
 
 def sample_batch(data: Dataset, args: Args) -> Batch:
     """Minibatches for all learners, and the random numbers of their update."""
-    transitions = sample_transitions(data, args)
+    transitions, N, device = sample_transitions(data, args), args.diffusion_steps, data.obs.device
     L, B, A = transitions[1].shape
-    N, device = args.diffusion_steps, data.obs.device
     return Batch(
         *transitions,
         target_noise=torch.randn(L, B, A, device=device),
@@ -482,12 +482,12 @@ def make_learners(args: Args, env, policy_class=DiffusionPolicy) -> nn.ModuleDic
 
 
 def adam(learners: nn.ModuleDict, **lr: float) -> dict[str, torch.optim.Optimizer]:
-    """One Adam for each named network. Adam is elementwise: on stacked parameters it is one Adam per learner."""
-    options = {"fused": True, "capturable": next(learners.parameters()).is_cuda}  # CUDA graphs need capturable
-    return {name: torch.optim.Adam(learners[name].parameters(), lr[name], **options) for name in lr}
+    """One Adam for each network, lr by its name. Adam is elementwise: on stacked parameters it is one per learner."""
+    flags = {"fused": True, "capturable": next(learners.parameters()).is_cuda}  # CUDA graphs need capturable
+    return {name: torch.optim.Adam(learners[name].parameters(), lr[name], **flags) for name in lr}
 
 
-def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict:
     return adam(learners, policy=args.actor_lr, critic=args.critic_lr)
 
 
@@ -551,9 +551,9 @@ load_policy = partial(TrainedPolicy, algorithm=DOM2)
 
 @torch.no_grad()
 def evaluate(act, env, args) -> Tensor:
-    """One episode in every world of `env`, of which each seed's team plays in E = num_envs / S: team returns [S, E].
+    """Team returns [S, E] of one episode in every world of `env`; each seed's team plays E = num_envs / S of them.
 
-    `act` maps observations [L, E, d] and a torch.Generator to actions [L, E, A].
+    `act` maps observations [L, E, d] and a torch.Generator to actions [L, E, A]. `env` has the interface of TeamEnv.
     """
     S, n, E = args.num_seeds, env.num_agents, env.num_envs // args.num_seeds
     generator = torch.Generator(env.device).manual_seed(args.seed + 20_000)

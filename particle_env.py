@@ -293,6 +293,8 @@ class TeamEnv:
         obs = env.reset()                                   # [E, n, d]
         obs, rewards, terminated = env.step(actions)        # actions [E, n, A]; [E, n, d], [E, n], [E] bool
 
+    A world that has terminated gives reward 0 until the next reset.
+
     Args:
         prey: maps the prey's observations [E, d'] to its actions [E, 2]; needed where the scenario has a prey.
         The other arguments are those of ParticleEnv.

@@ -10,7 +10,6 @@ import json
 import shlex
 import sys
 import time
-import typing
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,7 +31,7 @@ from utils.options import parse_groups
 from utils.program import UserError, catch_signals, disk_errors, save_torch, write_file
 from utils.provenance import git_commit, hardware, script_command
 
-# What may differ from a run's own options when it is continued or evaluated again.
+# Options that may change when a run is continued or evaluated again.
 MACHINE = {"data_dir", "cuda", "compile", "resume", "eval_only", "capture_video"}
 WITH_RESUME = MACHINE | {"track", "updates", "lr", "actor_lr", "critic_lr", "eval_interval", "eval_episodes", "shift"}
 WITH_EVAL_ONLY = MACHINE | {"eval_episodes", "eval_candidates", "eval_alpha", "shift"}
@@ -52,14 +51,13 @@ class Algorithm(NamedTuple):
 
     def args(self, scenario: str | None = None, dataset: str | None = None, **options):
         """The options of a run: the defaults, the dataset's settings, and what is given here."""
-        names = {field.name: field.default for field in fields(self.Args)}
-        scenario, dataset = scenario or names["scenario"], dataset or names["dataset"]
+        scenario, dataset = scenario or self.Args.scenario, dataset or self.Args.dataset
         values = self.settings.get((scenario, dataset), {}) | options
         return self.Args(scenario=scenario, dataset=dataset, **values)
 
 
 def parse(algorithm: Algorithm, description: str, words: list[str] | None = None):
-    """Options from the command line: what is given there wins over the dataset's settings, or the continued run's."""
+    """Options from the command line, which overrides the dataset's settings or the continued run's options."""
     import tyro  # only programs need it
 
     @dataclass
@@ -76,9 +74,7 @@ def parse(algorithm: Algorithm, description: str, words: list[str] | None = None
         stored, _ = load_checkpoint(first.resume or first.eval_only, algorithm)
         default = replace(stored, resume=first.resume, eval_only=first.eval_only, capture_video=False)
     else:
-        choices = {name: getattr(first, name) for name in ("scenario", "dataset")}
-        hints = typing.get_type_hints(algorithm.Args)
-        default = algorithm.args(**{k: v for k, v in choices.items() if v in typing.get_args(hints[k])})
+        default = algorithm.args(first.scenario, first.dataset)
     return parse_groups(default, description, words)
 
 
@@ -234,7 +230,7 @@ class Run:
             )
 
     def record(self, shift: str, returns: Tensor) -> None:
-        """Take the returns [S, episodes] of an evaluation; log those of the standard environment during training."""
+        """Store the returns [S, episodes] of an evaluation; log those of the standard environment during training."""
         self.returns[shift] = returns = returns.mean(1).cpu()
         if shift != "none" or not self.evaluates:
             return
@@ -249,7 +245,7 @@ class Run:
         self.bar.refresh()
 
     def save(self) -> None:
-        """Write all that continuing bit for bit needs; the checkpoint before is kept as checkpoint-previous.pt."""
+        """Save all that continuing bit for bit needs. The previous checkpoint becomes checkpoint-previous.pt."""
         num_learners = self.args.num_seeds * len(self.data.obs)
         self.check_finite(finite_state(self.learners, self.optimizers, num_learners), "a parameter")
         checkpoint = {
@@ -287,7 +283,7 @@ class Run:
             "milliseconds_per_action": evaluation.milliseconds_per_action(self.act, env, args.num_seeds),
             "settings": asdict(args),
             "hardware": hardware(self.device),
-            "first_update": self.first_update,  # those before it were made by earlier commands
+            "first_update": self.first_update,  # number of updates that earlier commands made
             "seconds": round(time.time() - self.started, 1),
             "command": shlex.join(["python", *sys.argv]),
             "commit": git_commit(),
@@ -332,5 +328,5 @@ def cuda_graph(step):
 
 
 def compiled(step):
-    """`step()` through torch.compile, with the random numbers that it draws without."""
+    """`step()` through torch.compile; it draws the same random numbers as without."""
     return torch.compile(step, dynamic=False, options={"fallback_random": True})

@@ -28,7 +28,7 @@ from dom2_mpe import Algorithm, adam, gradient_step, parse, program, sample_tran
 
 @dataclass
 class TrainingArgs(options.TrainingArgs):
-    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+    """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
     lr: options.Share = 1e-3
     """Adam's learning rate"""

@@ -58,7 +58,7 @@ from dom2_mpe import (
 
 @dataclass
 class TrainingArgs(options.TrainingArgs):
-    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+    """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
     actor_lr: options.Share = 2e-3
     """Adam's learning rate of the behaviour policies"""

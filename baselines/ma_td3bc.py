@@ -38,7 +38,7 @@ class DataArgs(shared.DataArgs):
 
 @dataclass
 class TrainingArgs(shared.TrainingArgs):
-    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+    """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
     alpha: options.Weight = 2.5
     """weight of Q against behaviour cloning"""

@@ -42,7 +42,7 @@ Fraction = Annotated[float, options.Rule("in [0, 1]", lambda x: 0 <= x <= 1)]
 
 @dataclass
 class TrainingArgs(options.TrainingArgs):
-    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+    """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
     batch_size: Annotated[int, options.Rule("at least 2", lambda x: x >= 2)] = 32  # returns are ranked among them
     """windows per seed and update"""

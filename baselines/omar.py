@@ -57,7 +57,7 @@ class DataArgs(shared.DataArgs):
 
 @dataclass
 class TrainingArgs(shared.CQLArgs):
-    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+    """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
     omar_coe: Annotated[float, options.Rule("in [0, 1]", lambda x: 0 <= x <= 1)] = 1.0
     """weight of the distance to the best action found; the weight of Q is the rest"""

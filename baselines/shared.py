@@ -43,7 +43,7 @@ class DataArgs(options.DataArgs):
 
 @dataclass
 class TrainingArgs(options.TrainingArgs):
-    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+    """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
     lr: Share = 0.01
     """Adam's learning rate, of policies and critics"""
@@ -175,7 +175,7 @@ def act(learners: nn.ModuleDict, obs: Tensor, args, generator: torch.Generator) 
 
 @dataclass
 class CQLArgs(TrainingArgs):
-    """How to learn. The defaults shown are those of the given --scenario and --dataset (SETTINGS)."""
+    """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
     cql_alpha: Weight = 1.0
     """weight of the conservative term"""

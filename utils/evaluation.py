@@ -47,7 +47,7 @@ def assignments(run, evaluate, shift: str, starts: int = 20, episodes: int = 100
     first.reset()
     start = [x.repeat_interleave(episodes, 0).repeat(S, 1, 1) for x in (first.agent_pos, first.landmark_pos)]
     env, paths = run.make_env(len(start[0])), []
-    world, reset, step = env.world, env.world.reset, env.world.step
+    world, step = env.world, env.world.step
     world.reset = lambda: world.set_state(start[0], torch.zeros_like(start[0]), start[1])
 
     def recorded_step(actions):
@@ -56,7 +56,6 @@ def assignments(run, evaluate, shift: str, starts: int = 20, episodes: int = 100
 
     world.step = recorded_step
     evaluate(run.act, env, run.args)
-    world.reset, world.step = reset, step
     paths.append(world.agent_pos[:10].cpu())
     nearest, m = (
         torch.cdist(world.agent_pos, world.landmark_pos).argmin(-1),
