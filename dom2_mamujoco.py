@@ -434,9 +434,7 @@ def sample_transitions(data: Dataset, args) -> tuple[Tensor, ...]:
     """
     (n, T, _), device = data.obs.shape, data.obs.device
     L, B = args.num_seeds * n, args.batch_size
-    step = data.index[
-        torch.randint(len(data.index), (L, B), device=device)
-    ]  # rows of all trajectories, replicas included
+    step = data.index[torch.randint(len(data.index), (L, B), device=device)]  # rows, those of replicas included
     agent = torch.arange(L, device=device)[:, None] % n
     row = (agent * T + step).flatten()
     return tuple(x.flatten(0, 1).index_select(0, row).unflatten(0, (L, B)) for x in data[:5])
