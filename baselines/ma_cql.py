@@ -35,14 +35,14 @@ from baselines import shared
 from baselines.shared import (
     CQLBatch,
     act,
-    cql_loss,
+    cql_update,
     make_actor_critic,
     make_optimizers,
     options,
     sample_cql_batch,
     settings_table,
 )
-from dom2_mpe import Algorithm, gradient_step, parse, program, soft_update, train
+from dom2_mpe import Algorithm, parse, program, train
 
 
 @dataclass
@@ -111,15 +111,7 @@ def policy_loss(policy, critic, batch: CQLBatch, args: Args):
 
 def update(learners: nn.ModuleDict, optimizers: dict, batch: CQLBatch, args: Args) -> dict[str, Tensor]:
     """One step of all critics, policies and targets. Returns metrics, each [L]."""
-    policy, critic = learners["policy"], learners["critic"]
-    batch = learners["norm"].standardise(batch)
-    loss, metrics = cql_loss(critic, learners["target_critic"], policy, learners["target_policy"], batch, args)
-    gradient_step(learners, optimizers, "critic", loss, args.max_grad_norm)
-    loss, policy_metrics = policy_loss(policy, critic, batch, args)
-    gradient_step(learners, optimizers, "policy", loss, args.max_grad_norm)
-    for name in ("policy", "critic"):
-        soft_update(learners[f"target_{name}"], learners[name], args.rho)
-    return {**metrics, **policy_metrics, "losses/policy": loss.detach()}
+    return cql_update(learners, optimizers, batch, args, policy_loss)
 
 
 MA_CQL = Algorithm("ma_cql", Args, SETTINGS, make_actor_critic, make_optimizers, sample_cql_batch, update, act)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 from baselines import shared
 from baselines.shared import (
     act,
-    cql_loss,
+    cql_update,
     make_actor_critic,
     make_optimizers,
     options,
@@ -38,11 +38,9 @@ from baselines.shared import (
 from dom2_mpe import (
     Algorithm,
     UserError,
-    gradient_step,
     parse,
     program,
     q_of_candidates,
-    soft_update,
     train,
 )
 
@@ -198,15 +196,7 @@ def sample_batch(data, args: Args) -> Batch:
 
 def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) -> dict[str, Tensor]:
     """One step of all critics, policies and targets. Returns metrics, each [L]."""
-    policy, critic = learners["policy"], learners["critic"]
-    batch = learners["norm"].standardise(batch)
-    loss, metrics = cql_loss(critic, learners["target_critic"], policy, learners["target_policy"], batch, args)
-    gradient_step(learners, optimizers, "critic", loss, args.max_grad_norm)
-    loss, policy_metrics = policy_loss(policy, critic, batch, args)
-    gradient_step(learners, optimizers, "policy", loss, args.max_grad_norm)
-    for name in ("policy", "critic"):
-        soft_update(learners[f"target_{name}"], learners[name], args.rho)
-    return {**metrics, **policy_metrics, "losses/policy": loss.detach()}
+    return cql_update(learners, optimizers, batch, args, policy_loss)
 
 
 OMAR = Algorithm("omar", Args, SETTINGS, make_actor_critic, make_optimizers, sample_batch, update, act)

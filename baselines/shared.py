@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import DATASETS
-from dom2_mpe import StackedLinear, TwinCritic, adam, q_of_candidates, sample_transitions
+from dom2_mpe import StackedLinear, TwinCritic, adam, gradient_step, q_of_candidates, sample_transitions, soft_update
 from particle_env import SCENARIOS
 from utils import options
 from utils.options import Count, Discount, Natural, Share, Weight, Widths
@@ -246,3 +246,16 @@ def cql_loss(critic, target_critic, policy, target_policy, batch, args):
     conservative = (torch.cat(q_sampled, -1).logsumexp(-1) - q).mean(-1).sum(1)
     metrics = {"losses/td": td, "losses/conservative": conservative, "charts/q_data": q.mean((1, 2))}
     return td + args.cql_alpha * conservative, {name: value.detach() for name, value in metrics.items()}
+
+
+def cql_update(learners: nn.ModuleDict, optimizers: dict, batch, args, policy_loss) -> dict[str, Tensor]:
+    """One step of all critics, of all policies by `policy_loss`, and of the targets. Returns metrics, each [L]."""
+    policy, critic = learners["policy"], learners["critic"]
+    batch = learners["norm"].standardise(batch)
+    loss, metrics = cql_loss(critic, learners["target_critic"], policy, learners["target_policy"], batch, args)
+    gradient_step(learners, optimizers, "critic", loss, args.max_grad_norm)
+    loss, policy_metrics = policy_loss(policy, critic, batch, args)
+    gradient_step(learners, optimizers, "policy", loss, args.max_grad_norm)
+    for name in ("policy", "critic"):
+        soft_update(learners[f"target_{name}"], learners[name], args.rho)
+    return {**metrics, **policy_metrics, "losses/policy": loss.detach()}
