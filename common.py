@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mamujoco_env
 import particle_env
-from utils.arrays import REMEDY, load_array, read_metadata
+from utils.arrays import damaged, load_array, read_metadata
 from utils.options import DatasetName
 from utils.program import UserError
 
@@ -121,13 +121,13 @@ def load_dataset(data_dir: str | Path, task: str, dataset: str, env) -> Dataset:
         rows = len(arrays["obs"][0]) if arrays else len(columns[0])
         for agent, column in enumerate(columns):
             if len(column) != rows:
-                raise UserError(f"{path}: {name}_{agent}.npy has {len(column)} rows, obs_0.npy {rows}; {REMEDY}")
+                raise damaged(path, f"{path}: {name}_{agent}.npy has {len(column)} rows, obs_0.npy {rows}")
         arrays[name] = torch.stack(columns)
     done, reward = arrays["dones"][..., 0], arrays["rews"][..., 0]
     ended = done.amax(0) > 0  # [T]
     lengths = episode_lengths(ended, env.episode_steps)
     if not len(ended) or (lengths[-1] != env.episode_steps and not ended[-1]):
-        raise UserError(f"{path}: {len(ended)} rows are no whole number of {env.episode_steps}-step episodes; {REMEDY}")
+        raise damaged(path, f"{path}: {len(ended)} rows are no whole number of {env.episode_steps}-step episodes")
     ends = lengths.cumsum(0)
     done[:, ends[lengths == env.episode_steps] - 1] = 0  # some datasets mark the time limit, which is no terminal state
     returns = torch.zeros(len(lengths), dtype=torch.float64)

@@ -82,6 +82,8 @@ def scenario_prey(args) -> dict | None:
     """Parameters of the frozen prey of `args.scenario`, from --prey or pretrained/; None where there is no prey."""
     spec = SCENARIOS.get(args.scenario)
     if spec is None or len(spec.agents) == spec.num_controlled:
+        if getattr(args, "prey", None):
+            raise UserError(f"--prey {args.prey}: {args.scenario} has no prey; leave the option out")
         return None
     path = args.prey or common.ROOT / "pretrained" / f"{args.scenario}.pt"
     return load_prey(path, ParticleEnv(args.scenario, 1).obs_sizes[-1])
@@ -178,7 +180,6 @@ class Run:
         self.updates = range(self.first_update + 1, args.updates + 1)
         with disk_errors(self.path, f"free some space; {self.continuation()} goes on"), locked(self.path):
             if self.checkpoint is None:  # a run that is killed before its first evaluation can be continued as well
-                write_file(self.path / "config.json", json.dumps(asdict(args), indent=2).encode() + b"\n")
                 self.save()
             self.writer = SummaryWriter(self.path, purge_step=self.first_update + 1)
             self.bar = tqdm(total=args.updates, initial=self.first_update, unit="update", dynamic_ncols=True)
@@ -260,6 +261,7 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
         save_torch(self.path / "checkpoint.pt", checkpoint, previous=self.path / "checkpoint-previous.pt")
+        write_file(self.path / "config.json", json.dumps(asdict(self.args), indent=2).encode() + b"\n")
 
     def finish(self, evaluate) -> dict:
         """Write results.json (evaluation.json with --eval-only) and print the closing table.
@@ -297,7 +299,7 @@ class Run:
         print(evaluation.closing_table(results))
         if video:
             print(video)
-        print(f"{self.path}: {name}, checkpoint.pt, TensorBoard events")
+        print(f"{self.path}: {name}" if args.eval_only else f"{self.path}: {name}, checkpoint.pt, TensorBoard events")
         return results
 
 

@@ -395,6 +395,8 @@ def show_plan(jobs: list[Job], states: list[str], args: Args) -> None:
     if seconds and None not in seconds:
         print(f", about {sum(seconds) / 3600:.1f} h one after the other on the hardware of the results so far", end="")
     print()
+    if "other settings" in states:
+        print(f"{states.count('other settings')} results were made with other settings; --overwrite runs them again")
 
 
 def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:

@@ -29,6 +29,7 @@ from particle_env import SCENARIOS, parallel_env
 from run import parse
 from utils.checkpoints import load_checkpoint
 from utils.data import load_data
+from utils.evaluation import NAMES
 from utils.policies import TrainedPolicy
 from utils.program import UserError
 
@@ -802,7 +803,7 @@ def test_whole_run(name, scenario, tiny, tmp_path, capsys):
         assert returns.shape == (2,) and returns.isfinite().all() and returns[0] != returns[1]
     (folder,) = (tmp_path / "runs").iterdir()
     assert json.loads((folder / "results.json").read_text())["returns"] == results["returns"]
-    assert f"{name.upper()} on {scenario}/medium" in capsys.readouterr().out
+    assert f"{NAMES[name]} on {scenario}/medium" in capsys.readouterr().out
     again = go_on(name, folder, eval_only=str(folder), eval_episodes=3)
     assert again["returns"] == results["returns"]
     if name == "ma_sfbc":
@@ -883,7 +884,7 @@ def test_script_in_its_own_process(name, tiny, tmp_path):
     script = common.ROOT / "baselines" / f"{name}.py"
     done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and f"{name.upper()} on" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and f"{NAMES[name]} on" in done.stdout
 
 
 class Enough(Exception):

@@ -427,18 +427,19 @@ def test_missing_data_are_made_and_change_nothing_else(tmp_path, monkeypatch, co
     monkeypatch.setattr(
         collect_datasets, "collect", lambda *args, **more: torch.rand(3) is None or collect(*args, **more)
     )
+    monkeypatch.chdir(tmp_path)  # data are made in the default folder alone
     after = []
     for _ in range(2):
         torch.manual_seed(0)
-        data = load_data(options(tmp_path), tag_env(), None)
+        data = load_data(options("datasets"), tag_env(), None)
         after.append((torch.rand(5), data.obs))
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
-    assert torch.equal(after[0][1], load(tmp_path, "simple_tag", "medium").obs)
-    damage = common.dataset_path(tmp_path, "simple_tag", "medium") / "acs_1.npy"
+    assert torch.equal(after[0][1], load("datasets", "simple_tag", "medium").obs)
+    damage = common.dataset_path("datasets", "simple_tag", "medium") / "acs_1.npy"
     flip_byte(damage, 2000)  # a damaged one is neither made anew nor learned from
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"acs_1\.npy"):
-        load_data(options(tmp_path), tag_env(), None)
+        load_data(options("datasets"), tag_env(), None)
     assert contents(tmp_path) == before
 
 

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from utils.program import UserError
 
-REMEDY = "the dataset is damaged; delete its folder and run collect_datasets.py again, or copy it again"
+
+def damaged(folder: Path, problem: str) -> UserError:
+    """The error that a dataset is damaged; only one that collect_datasets.py made can be deleted and made again."""
+    if (folder / "metadata.json").exists():
+        return UserError(f"{problem}; the dataset is damaged; delete its folder and run collect_datasets.py again")
+    return UserError(f"{problem}; mend the files or copy them again (docs/datasets.md has the layout)")
 
 
 def file_checksum(path: Path) -> str:
@@ -30,29 +35,30 @@ def read_metadata(path: Path, task: str, dataset: str) -> dict:
         recorded = (metadata["scenario"], metadata["dataset"])
         metadata["checksums"] = dict(metadata["checksums"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path / 'metadata.json'}: not readable; {REMEDY}") from None
+        raise damaged(path, f"{path / 'metadata.json'}: not readable") from None
     if recorded != (task, dataset):
-        raise UserError(f"{path}: metadata.json says {recorded[0]}/{recorded[1]}; {REMEDY}")
+        raise damaged(path, f"{path}: metadata.json says {recorded[0]}/{recorded[1]}")
     return metadata
 
 
 def load_array(file: Path, width: int, metadata: dict) -> Tensor:
     """One array of a dataset as float32 [T, width]. Raises UserError if it is not that."""
     if not file.is_file():
-        raise UserError(f"{file}: missing; {REMEDY}")
+        raise damaged(file.parent, f"{file}: missing")
     if metadata and file_checksum(file) != metadata["checksums"].get(file.name):
-        raise UserError(f"{file}: differs from its checksum in metadata.json; {REMEDY}")
+        raise damaged(file.parent, f"{file}: differs from its checksum in metadata.json")
     try:
         array = np.asarray(np.load(file, allow_pickle=False))
     except Exception:  # numpy's parser of headers raises more than it documents
-        raise UserError(f"{file}: truncated or not a plain .npy array; {REMEDY}") from None
+        raise damaged(file.parent, f"{file}: truncated or not a plain .npy array") from None
     if array.dtype.kind not in "biuf":
-        raise UserError(f"{file}: holds {array.dtype}, not numbers; {REMEDY}")
+        raise damaged(file.parent, f"{file}: holds {array.dtype}, not numbers")
     array = array[:, None] if array.ndim == 1 and width == 1 else array
     if array.ndim != 2 or array.shape[1] != width:
         raise UserError(f"{file}: has shape {array.shape}, expected [T, {width}]; is it another scenario's?")
     with np.errstate(over="ignore"):  # an infinity is noticed below
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
     if not tensor.isfinite().all():
-        raise UserError(f"{file}: holds NaN or infinity; {REMEDY}")
+        row = int((~tensor.isfinite()).any(1).nonzero()[0])
+        raise damaged(file.parent, f"{file}: holds NaN or infinity, first in row {row}")
     return tensor

@@ -57,6 +57,8 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
         UserError: there is none, or it is damaged or another program's.
     """
     newest, previous = Path(path) / "checkpoint.pt", Path(path) / "checkpoint-previous.pt"
+    if not newest.exists() and not previous.exists():
+        raise UserError(f"{path}: no run folder, there is no checkpoint.pt in it; give a folder such as runs/NAME")
     try:
         checkpoint = load_torch(newest)
     except UserError as error:
@@ -67,12 +69,15 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
         print(f"warning: {error}; using the one before", file=sys.stderr)
     try:
         needed = {"algorithm", "updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"}
-        if not needed <= checkpoint.keys() or checkpoint["algorithm"] != algorithm.name:
+        if not needed <= checkpoint.keys():
             raise KeyError
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
-        return algorithm.Args(**options), checkpoint
+        made_by = checkpoint["algorithm"]
+        if made_by == algorithm.name:
+            options = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
+            return algorithm.Args(**options), checkpoint
     except (KeyError, TypeError, AttributeError, UserError):
         raise UserError(f"{newest}: not a checkpoint of this script; give a run folder that it wrote") from None
+    raise UserError(f"{newest}: a run of {made_by}, not of {algorithm.name}; give a run folder that this script wrote")
 
 
 def restore(learners, optimizers: dict, checkpoint: dict, path: str | Path) -> None:

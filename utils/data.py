@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
     task = common.task_name(args)
     folder = common.dataset_path(args.data_dir, task, args.dataset).parent
     if not folder.exists():
-        if args.data_dir != "datasets" and not Path(args.data_dir).exists():
-            raise UserError(f"--data-dir {args.data_dir}: no such folder; create it to have datasets made there")
+        if args.data_dir != "datasets":  # a mistyped folder must not be filled with our data
+            make = shlex.join(["--scenario", task, "--dataset", args.dataset, "--data-dir", args.data_dir])
+            raise UserError(f"{folder}: no such dataset; to make it there, run python collect_datasets.py {make}")
         print(f"{folder}: no such dataset, making it from pretrained/", file=sys.stderr)
         try:
             with torch.random.fork_rng():  # so that this run equals the next one, which finds the dataset made

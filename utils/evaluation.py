@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 import common
 
-# the paper's names of the algorithms of this repository
-PAPER_NAMES = {"ma_cql": "MA-CQL", "omar": "OMAR", "ma_sfbc": "MA-SfBC", "madiff": "MADiff"}
+NAMES = {
+    **{"dom2": "DOM2", "ma_bc": "MA-BC", "ma_td3bc": "MA-TD3+BC", "ma_cql": "MA-CQL", "omar": "OMAR"},
+    **{"ma_sfbc": "MA-SfBC", "madiff": "MADiff", "ma_diffusion_ql": "MA-Diffusion-QL"},
+}
 
 
 @torch.no_grad()
@@ -105,24 +107,23 @@ def write_gif(run, evaluate, path: Path) -> str:
 def closing_table(results: dict) -> str:
     """One line per environment: return, normalised score, the dataset's returns and the paper's result."""
     scenario, dataset, data = results["scenario"], results["dataset"], results["data"]
-    paper_name = PAPER_NAMES.get(results["algorithm"], "DOM2")
-    seeds, episodes, name = results["num_seeds"], results["eval_episodes"], results["algorithm"].upper()
+    seeds, episodes, name = results["num_seeds"], results["eval_episodes"], NAMES[results["algorithm"]]
     over_seeds = f"for each of {seeds} seeds, mean ± std over seeds" if seeds > 1 else "of one seed"
-    paper_column = f"paper ({paper_name})"
+    paper_column = f"paper ({name})"
     lines = [
         f"\n{name} on {scenario}/{dataset}, last parameters ({results['updates']:,} updates),",
         f"mean return of {episodes:,} episodes {over_seeds}\n",
-        f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{paper_column:>17}",
+        f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{paper_column:>24}",
     ]
     for shift, returns in results["returns"].items():
         x = torch.tensor(returns)
         spread = f" ± {x.std(correction=0):.1f}" if seeds > 1 else ""
-        paper = common.paper_result(scenario, dataset, shift, paper_name)
+        paper = common.paper_result(scenario, dataset, shift, name)
         normalised = common.normalised_score(scenario, x.mean().item())
         lines.append(
             f"{'standard' if shift == 'none' else shift:<12} {f'{x.mean():.1f}{spread}':>16} "
             f"{'-' if normalised is None else f'{normalised:.1f}':>11} {data['mean']:>10.1f} {data['max']:>9.1f} "
-            f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>16}"
+            f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>23}"
         )
     lines.append("")
     for shift, found in results.get("assignments", {}).items():

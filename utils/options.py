@@ -23,8 +23,10 @@ Weight = Annotated[float, Rule("finite and not negative", lambda x: 0 <= x < flo
 Share = Annotated[float, Rule("in (0, 1]", lambda x: 0 < x <= 1)]
 Discount = Annotated[float, Rule("in [0, 1)", lambda x: 0 <= x < 1)]
 Widths = Annotated[tuple[int, ...], Rule("at least one width, each at least 1", lambda x: len(x) > 0 and min(x) >= 1)]
-Quantiles = Annotated[tuple[float, ...], Rule("numbers in [0, 1]", lambda x: all(0 <= q <= 1 for q in x))]
-Thresholds = Annotated[tuple[float, ...] | None, Rule("numbers", lambda x: x is None or all(r == r for r in x))]
+Quantiles = Annotated[tuple[float, ...], Rule("numbers in [0, 1]", lambda x: x and all(0 <= q <= 1 for q in x))]
+Thresholds = Annotated[
+    tuple[float, ...] | None, Rule("numbers, at least one", lambda x: x is None or (x and all(r == r for r in x)))
+]
 DatasetName = Literal["random", "random-medium", "medium-replay", "medium", "medium-expert", "expert"]
 Shift = Literal["none", "speed", "dismiss", "random", "extreme"]
 Seed = Annotated[int, Rule("from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)]
@@ -58,7 +60,7 @@ class DataArgs(Options):
     dataset: DatasetName = "random"
     """quality of the dataset"""
     data_dir: str = "datasets"
-    """folder of the datasets; one that is missing there is made first"""
+    """folder of the datasets; one that is missing in the default folder is made first"""
     data_fraction: Share = 1.0
     """share of the dataset's trajectories to learn from"""
     augment: bool = True
