@@ -46,7 +46,7 @@ from common import DATASETS
 from particle_env import SCENARIOS, ParticleEnv
 from utils.arrays import file_checksum
 from utils.frozen import load_behaviour, policy_action, policy_checksum
-from utils.options import DatasetName
+from utils.options import DatasetName, Options, Weight
 from utils.program import UserError, program, usable_cores
 
 ACTION_NOISE = 0.1  # of the medium and expert datasets
@@ -63,7 +63,7 @@ PUBLISHED = {
 
 
 @dataclass
-class Args:
+class Args(Options):
     scenario: tuple[str, ...] = ("simple_spread", "simple_tag", "simple_world")
     """which scenarios: those three, landmarks6, HalfCheetah or, with random data alone, another MuJoCo task"""
     dataset: tuple[DatasetName, ...] = DATASETS
@@ -78,6 +78,8 @@ class Args:
     """replace datasets that exist"""
     pretrained_dir: str = str(common.ROOT / "pretrained")
     """folder of the behaviour policies"""
+    action_noise: Weight = ACTION_NOISE
+    """standard deviation of the noise on the actions of medium and expert policies"""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def behaviour_env(task: str, num_envs: int, seed, prey: dict[str, Tensor] | None
     return common.make_env(task, num_envs, seed=seed, prey=prey and partial(policy_action, prey))
 
 
-def behave(env, policies, generator: torch.Generator, action_noise: float = ACTION_NOISE):
+def behave(env, policies, generator: torch.Generator, action_noise: float):
     """Observations [E, n, d] and step -> actions [E, n, A]: one frozen policy (state dict) per agent, with Gaussian
     noise; uniformly random ones where `policies` is None."""
     size = (env.num_envs, env.num_agents, env.action_size)
@@ -155,19 +157,19 @@ def worker_env(task: str, num_envs: int):
     return common.make_env(task, num_envs)
 
 
-def rollout_block(task: str, num_envs: int, seed: tuple[int, ...], policies) -> tuple[dict[str, Tensor], Tensor]:
+def rollout_block(task: str, num_envs: int, seed: tuple[int, ...], policies, action_noise: float):
     """One episode of each of `num_envs` robots, as `rollout` returns it: a piece of work for one core."""
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     env = worker_env(task, num_envs)
     env.seed(seed)
-    return rollout(env, behave(env, policies, generator))
+    return rollout(env, behave(env, policies, generator, action_noise))
 
 
-def parallel_rollouts(task: str, policies, seed: tuple[int, ...], num_transitions: int):
+def parallel_rollouts(task: str, policies, action_noise: float, seed: tuple[int, ...], num_transitions: int):
     """Yield blocks of episodes of a MuJoCo task, at least `num_transitions` in all, the same on any number of cores."""
     steps = common.make_env(task).episode_steps
     num_envs = min(BLOCK, -(-num_transitions // steps))
-    work = ((task, num_envs, (*seed, block), policies) for block in count())
+    work = ((task, num_envs, (*seed, block), policies, action_noise) for block in count())
     if num_transitions <= BLOCK * steps:  # one block is enough
         yield from starmap(rollout_block, work)
     pending, left, expected = deque(), num_transitions, num_envs * steps
@@ -205,7 +207,7 @@ def thinned_replay(task: str, behaviour: dict, num_transitions: int):
     return {name: x[:, kept].flatten(1, 2) for name, x in block.items()}, torch.full((len(kept),), steps)
 
 
-def make_blocks(task: str, dataset: str, behaviour: dict, num_transitions: int, seed: int):
+def make_blocks(task: str, dataset: str, behaviour: dict, num_transitions: int, seed: int, action_noise: float):
     """Yield a dataset's transitions as blocks of whole episodes."""
     if dataset == "medium-replay":
         yield thinned_replay(task, behaviour, num_transitions)
@@ -218,11 +220,12 @@ def make_blocks(task: str, dataset: str, behaviour: dict, num_transitions: int, 
     for i, source in enumerate(sources):
         if particles:
             share = (episodes + i) // len(sources) * env.episode_steps
-            act = behave(env, behaviour.get(source), generator)
+            act = behave(env, behaviour.get(source), generator, action_noise)
             blocks = (rollout(env, act) for _ in count())
         else:
             share = num_transitions // len(sources)
-            blocks = parallel_rollouts(task, behaviour.get(source), (seed, DATASETS.index(source)), share)
+            seeds = (seed, DATASETS.index(source))
+            blocks = parallel_rollouts(task, behaviour.get(source), action_noise, seeds, share)
         yield from whole_episodes(blocks, share)
 
 
@@ -309,6 +312,7 @@ def collect(
     seed: int = 0,
     overwrite: bool = False,
     pretrained_dir: str | Path = common.ROOT / "pretrained",
+    action_noise: float = ACTION_NOISE,
 ) -> dict:
     """Make one dataset, in a temporary folder that is renamed when it is complete. Returns its metadata.
 
@@ -332,17 +336,19 @@ def collect(
     behaviour = {"prey": None}
     if task in SCENARIOS or dataset != "random":  # random actions of a robot need no policies
         behaviour = load_behaviour(Path(pretrained_dir) / f"{task}.pt", env, prey_obs_size(task))
+    if dataset == "medium-replay" and behaviour["replay"] is None:
+        raise UserError(f"{pretrained_dir}/{task}.pt: records no TD3 run to replay; choose another --dataset")
     with replaced_folder(target, overwrite) as folder:
         (folder / path.name).mkdir()
         with tqdm(desc=f"{task}/{dataset}", total=num_transitions, unit="step", unit_scale=True) as bar:
-            blocks = make_blocks(task, dataset, behaviour, num_transitions, seed)
+            blocks = make_blocks(task, dataset, behaviour, num_transitions, seed, action_noise)
             contents = write_arrays(folder / path.name, blocks, num_transitions, bar)
         metadata = {
             "scenario": task,
             "dataset": dataset,
             **contents,
             "seed": seed,
-            "action_noise": ACTION_NOISE,
+            "action_noise": action_noise,
             "prey_checksum": behaviour["prey"] and policy_checksum(behaviour["prey"]),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }
@@ -374,8 +380,8 @@ def main() -> None:
             if target.exists() and not args.overwrite:
                 print(f"{target}: exists, kept (--overwrite replaces it)", file=sys.stderr)
                 continue
-            sizes = args.num_transitions, args.seed, args.overwrite, args.pretrained_dir
-            made.append(collect(task, dataset, args.data_dir, *sizes))
+            how = args.num_transitions, args.seed, args.overwrite, args.pretrained_dir, args.action_noise
+            made.append(collect(task, dataset, args.data_dir, *how))
     print_table(made)
 
 

@@ -16,8 +16,8 @@ execution are decentralised. The paper (arXiv 2307.01472) in the order of this f
 
 All learners train at once. A learner is one agent of one random seed, and every parameter, batch and loss has a leading
 learner axis: a linear layer of L learners is one batched matrix product, and Algorithm 2's loop over agents disappears.
-No learner's gradient touches another's. In shapes: L = S n learners (seed 0's agents first), S seeds, n agents, B
-minibatch, A = 2 action entries, d observation entries, K actions per observation, N denoising steps, E worlds.
+Learners share no gradient. Sizes in shapes: L = S n learners (seed 0's agents first), S seeds, n agents, B transitions
+per minibatch, A = 2 action entries, d observation entries, K actions per observation, N denoising steps, E worlds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DataArgs(options.DataArgs):
     scenario: Literal["simple_spread", "simple_tag", "simple_world", "landmarks6"] = "simple_tag"
     """cooperative navigation, predator-prey, World, or the six landmarks of Figure 1"""
     prey: str | None = None
-    """file of the frozen prey of simple_tag and simple_world that the data was made with; default: in pretrained/"""
+    """file of the frozen prey with which the simple_tag and simple_world data were made; default: in pretrained/"""
 
 
 @dataclass
@@ -83,11 +83,11 @@ class NetworkArgs(options.Options):
     beta_max: Weight = 10.0
     """noise schedule: beta at diffusion time 1; at time 0 it is 0.1"""
     prediction: Literal["action", "noise"] = "action"
-    """what the network predicts: the clean action, as tanh(f), from which the solver's noise follows; or the noise"""
+    """meaning of the network's output f: tanh(f) is the clean action, which implies the noise; or f is the noise"""
     noise_net: Literal["mlp", "residual"] = "mlp"
     """the MLP of Sec. 5.4's ablation, or the U-net-like network of Figure 8"""
     widths: Widths = (128, 128, 128)
-    """widths of the noise network's layers; for residual, of its downward half"""
+    """widths of the MLP's layers; with --noise-net residual, widths of the blocks before the middle block"""
     critic_widths: Widths = (64, 64)
     """widths of the critics' hidden layers"""
 
@@ -102,7 +102,7 @@ class Args(DataArgs, TrainingArgs, NetworkArgs, options.EvaluationArgs, options.
             raise UserError("--eta 0 --bc-weight 0: nothing is left to learn from; give one of them a positive weight")
 
 
-# Where a dataset needs other values than the defaults: found by experiment (docs/settings.md). The command line wins.
+# Values that replace the defaults for one dataset, found by experiment (docs/settings.md). Command-line options win.
 SETTINGS = {
     ("simple_spread", "random"): dict(updates=5_000, batch_size=1024, critic_widths=(128, 128), eta=60.0),
     ("simple_spread", "random-medium"): dict(critic_widths=(128, 128)),
@@ -160,7 +160,7 @@ class NoiseSchedule:
 
 
 def time_grid(num_steps: int) -> list[float]:
-    """N + 1 uniform diffusion times in denoising order, from tau_N = 1 to tau_0 = 1e-3; 0 would divide by sigma(0)."""
+    """N + 1 uniform diffusion times, from tau_N = 1 down to tau_0 = 1e-3. It is not 0, because sigma(0) = 0 divides."""
     return [1e-3 + (1 - 1e-3) * i / num_steps for i in range(num_steps, -1, -1)]
 
 
@@ -169,7 +169,7 @@ def dpm_solver(noise_fn, noise: Tensor, schedule: NoiseSchedule, num_steps: int,
 
     a_{i-1} = alpha_{i-1} / alpha_i a_i - sigma_{i-1} (alpha_{i-1} sigma_i / (alpha_i sigma_{i-1}) - 1) eps(a_i, tau_i)
 
-    The step as the paper prints it, with the second term's indices swapped, diverges. Gradients flow through all steps.
+    The paper prints the second term with swapped indices. That step diverges. Gradients flow through all steps.
 
     Args:
         noise_fn: eps(a, tau) of noisy actions [..., A] and one diffusion time (a float) -> [..., A].
@@ -201,7 +201,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_learners, 1, out_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.shape[2] == 1:  # as a matrix product, one column is slow
+        if self.weight.shape[2] == 1:  # a matrix product with one output column is slow
             return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
 
@@ -256,9 +256,9 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNoiseNet(nn.Module):
-    """Figure 8's noise network, "resembling U-Net" after SfBC (Chen et al. 2022): residual blocks narrow to a middle
-    block by `widths` and widen again. Every upward block also sees its downward counterpart's output, and every block a
-    condition made of the observation's and the time's embeddings."""
+    """Figure 8's noise network, "resembling U-Net" after SfBC (Chen et al. 2022): downward residual blocks of `widths`,
+    a middle block, and upward blocks in reverse order. Every upward block also gets its downward counterpart's output.
+    Every block gets a condition made of the observation's and the time's embeddings."""
 
     def __init__(self, num_learners: int, obs_size: int, action_size: int, widths):
         super().__init__()
@@ -297,7 +297,7 @@ class DiffusionPolicy(nn.Module):
 
     With prediction="noise" the network's output f is eps_theta. With prediction="action" it stands for a clean action
     a0 = tanh(f), and the solver gets the noise eps_theta = (a - alpha a0) / sigma that this action implies. Every
-    predicted action then lies in [-1, 1]; the clamp at the end cuts off what noise is left at tau_0, about 0.01.
+    predicted action then lies in [-1, 1]. The clamp at the end removes the noise left at tau_0, of size about 0.01.
     """
 
     solver = staticmethod(dpm_solver)  # a subclass may have another one
@@ -315,14 +315,14 @@ class DiffusionPolicy(nn.Module):
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Denoise: observations [L, B, d] and Gaussian noise [L, B, A] -> actions [L, B, A] in [-1, 1]."""
-        chain = self.schedule, self.num_steps, self.prediction == "noise"
-        return self.solver(lambda a, t: self.eps(a, obs, t), noise, *chain).clamp(-1, 1)
+        solver_args = self.schedule, self.num_steps, self.prediction == "noise"
+        return self.solver(lambda a, t: self.eps(a, obs, t), noise, *solver_args).clamp(-1, 1)
 
 
 class TwinCritic(nn.Module):
     """Q_phi^1 and Q_phi^2 of every learner: obs [L, B, d], action [L, B, A] -> [L, 2, B].
 
-    Parameters have a leading axis of size 2 L: rows 2 l and 2 l + 1 are learner l's.
+    Parameters have a leading axis of size 2 L: rows 2 l and 2 l + 1 belong to learner l.
     """
 
     def __init__(self, num_learners: int, obs_size: int, action_size: int, widths):
@@ -331,7 +331,7 @@ class TwinCritic(nn.Module):
         self.layers = nn.ModuleList(StackedLinear(2 * num_learners, i, o) for i, o in pairwise(sizes))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        twins = len(self.layers[0].weight) // len(obs)  # 2; 1 in `q1`, which passes the first twin's parameters
+        twins = len(self.layers[0].weight) // len(obs)  # 2, or 1 in `q1`, which passes only the first twin's weights
         x = torch.cat([obs, action], -1).repeat_interleave(twins, 0)  # [2 L, B, d + A]
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
@@ -350,7 +350,7 @@ def q_of_candidates(q, obs: Tensor, actions: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Losses, one number per learner: [L]. They are independent: the gradient of their sum is each learner's own.
+# Losses, one number per learner: [L]. A loss depends on its own learner alone, so backward through the sum is enough.
 
 
 class Batch(NamedTuple):
@@ -397,7 +397,7 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float
 def diffusion_loss(policy: DiffusionPolicy, batch: Batch) -> Tensor:
     """Eq. 3, [L]: squared error of the predicted noise, tau uniform over the solver's grid.
 
-    With prediction="action" the squared error of the clean action instead: Eq. 3 with each tau weighted by
+    With prediction="action" it is the squared error of the clean action. That equals Eq. 3 with each tau weighted by
     (sigma / alpha)^2, since eps - eps_theta = alpha / sigma (a0_theta - a0).
     """
     tau = batch.tau[..., None]
@@ -408,7 +408,7 @@ def diffusion_loss(policy: DiffusionPolicy, batch: Batch) -> Tensor:
 
 
 def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float):
-    """The Q-loss of Eq. 5: -eta E[Q(o, pi(o))] / E[abs(Q(o, a))], through all denoising steps.
+    """The Q-loss of Eq. 5: -eta E[Q(o, pi(o))] / E[abs(Q(o, a))]. Its gradient flows through all denoising steps.
 
     The paper prints the normaliser without abs, so that a negative mean Q flips the objective's sign. The normaliser
     gets no gradient. Q is the first of the twins, as in TD3. Returns the loss [L] and a dict of metrics [L].
@@ -442,7 +442,7 @@ def sample_transitions(data: Dataset, args) -> tuple[Tensor, ...]:
     """
     (n, T, _), device = data.obs.shape, data.obs.device
     L, B = args.num_seeds * n, args.batch_size
-    step = data.index[torch.randint(len(data.index), (L, B), device=device)]  # rows, those of replicas included
+    step = data.index[torch.randint(len(data.index), (L, B), device=device)]  # rows of an agent's part, with replicas
     agent = torch.arange(L, device=device)[:, None] % n
     row = (agent * T + step).flatten()
     return tuple(x.flatten(0, 1).index_select(0, row).unflatten(0, (L, B)) for x in data[:5])
@@ -465,7 +465,7 @@ def sample_batch(data: Dataset, args: Args) -> Batch:
 def make_learners(args: Args, env, policy_class=DiffusionPolicy) -> nn.ModuleDict:
     """Policies, critics and their target copies of L = num_seeds * num_agents learners (Algorithm 2, line 1).
 
-    Of `env` only num_agents, obs_size, action_size and device are read.
+    Reads only num_agents, obs_size, action_size and device of `env`.
     """
     sizes, learners = (args.num_seeds * env.num_agents, env.obs_size, env.action_size), nn.ModuleDict()
     for prefix in ("", "target_"):
@@ -480,7 +480,7 @@ def make_learners(args: Args, env, policy_class=DiffusionPolicy) -> nn.ModuleDic
 
 
 def adam(learners: nn.ModuleDict, **lr: float) -> dict[str, torch.optim.Optimizer]:
-    """One Adam for each network, lr by its name. Adam is elementwise: on stacked parameters it is one per learner."""
+    """One Adam per network; `lr` maps names to learning rates. Adam is elementwise, so learners do not mix in it."""
     flags = {"fused": True, "capturable": next(learners.parameters()).is_cuda}  # CUDA graphs need capturable
     return {name: torch.optim.Adam(learners[name].parameters(), lr[name], **flags) for name in lr}
 
@@ -567,7 +567,7 @@ def evaluate(act, env, args) -> Tensor:
 
 
 def train(args, algorithm: Algorithm = DOM2) -> dict:
-    """Algorithm 2 and the evaluations; for a baseline, pass its Algorithm. Returns what results.json holds."""
+    """Algorithm 2, then the evaluations. For a baseline, pass its Algorithm. Returns the content of results.json."""
     run = Run(args, algorithm)  # a new run, or the one that --resume or --eval-only names
     args, env = run.args, run.make_env(1)
     torch.manual_seed(args.seed)
@@ -578,7 +578,7 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
     learners = algorithm.make_learners(args, env)  # line 1
     optimizers = algorithm.make_optimizers(args, learners)
 
-    def step():  # for all agents at once: line 4 is the learner axis
+    def step():  # for all agents at once: the learner axis replaces line 4's loop
         batch = algorithm.sample_batch(data, args)  # line 5
         return algorithm.update(learners, optimizers, batch, args)  # lines 6 to 8
 
@@ -587,7 +587,7 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
         for _ in run:  # line 3
             run.log(step())
             if run.evaluates:
-                run.record("none", evaluate(run.act, run.evaluation_env("none"), args))
+                run.record("none", evaluate(run.act, run.evaluation_env("none"), args))  # "none": not shifted
     for shift in ("none", *args.shift):
         if shift not in run.returns:  # training ends with an evaluation of "none"
             run.record(shift, evaluate(run.act, run.evaluation_env(shift), args))

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
-from collect_datasets import PUBLISHED, behave, behaviour_env, rollout, team_returns
+from collect_datasets import ACTION_NOISE, PUBLISHED, behave, behaviour_env, rollout, team_returns
 from dom2_mpe import StackedLinear, soft_update
 from particle_env import SCENARIOS, ParticleEnv
 from utils.program import UserError, disk_errors, load_torch, program, save_torch
@@ -252,7 +252,9 @@ class TD3:
 def level(scenario: str, policies, prey) -> float:
     """Mean return of policies with the datasets' action noise, on the same episodes every time."""
     env = behaviour_env(scenario, RECIPES[scenario].level_episodes, 1, prey)
-    return team_returns(*rollout(env, behave(env, policies, torch.Generator().manual_seed(1)))).mean().item()
+    return (
+        team_returns(*rollout(env, behave(env, policies, torch.Generator().manual_seed(1), ACTION_NOISE))).mean().item()
+    )
 
 
 def train_to(td3: TD3, scenario: str, prey, target: float, bar: tqdm, checkpoint) -> float:

@@ -5,9 +5,12 @@ import shlex
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from collect_datasets import collect
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,12 +79,38 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 12 * 1024
 
 
+TRAINING = ("dom2_mpe.py", "dom2_mamujoco.py", *(str(f.relative_to(ROOT)) for f in (ROOT / "baselines").glob("ma*.py")))
+TRAINING = (*TRAINING, "baselines/omar.py")
+ELSEWHERE = {"--resume", "--eval-only", "--data-dir", "--prey", "--help", "--track"}  # need files of the reader's own
+COMMANDS = sorted({c for page in PAGES for c in commands(page) if c[0] in TRAINING and not ELSEWHERE & {*c[1]}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with small datasets in it, where the commands of README and docs run."""
+    folder = tmp_path_factory.mktemp("reader")
+    for script, arguments in COMMANDS:
+        named = dict(pairwise(arguments))
+        robots = script == "dom2_mamujoco.py"
+        scenario = named.get("--scenario", "HalfCheetah" if robots else "simple_tag")
+        dataset = named.get("--dataset", "medium-replay" if robots else "random")
+        if not (folder / "datasets" / scenario / dataset).exists():
+            collect(scenario, dataset, folder / "datasets", num_transitions=5_000)
+    return folder
+
+
 @pytest.mark.slow
-def test_the_first_command_of_the_readme_runs(tmp_path):
-    script, arguments = next(c for c in commands(ROOT / "README.md") if c[0] == "dom2_mpe.py")
-    short = ["--updates", "20", "--eval-episodes", "10", "--no-cuda"]
-    command = [sys.executable, str(ROOT / script), *arguments, *short]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join((command[0], *command[1])))
+def test_commands_of_readme_and_docs_run(command, folder):
+    script, arguments = command
+    short = ["--updates", "3", "--eval-episodes", "2", "--eval-interval", "3", "--no-cuda"]
+    words = [word for word in arguments if word != "--compile"]  # its compiler has a test of its own
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *words, *short], cwd=folder, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert "standard" in done.stdout
-    assert (tmp_path / "datasets/simple_tag/random/seed_0_data/obs_0.npy").exists()
+
+
+def test_the_readme_has_training_commands():
+    assert {"dom2_mpe.py", "dom2_mamujoco.py", "baselines/omar.py"} <= {script for script, _ in COMMANDS}

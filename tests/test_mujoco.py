@@ -462,12 +462,12 @@ def test_workers_are_as_many_as_cores_may_be_used_and_work_there_is(cores, worke
     monkeypatch.setattr(collect_datasets, "usable_cores", lambda: cores)
     monkeypatch.setattr(collect_datasets, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(collect_datasets, "rollout_block", rolled_out)
-    blocks = list(collect_datasets.parallel_rollouts("Reacher", None, (0, 0), 4 * 25 * 50))
+    blocks = list(collect_datasets.parallel_rollouts("Reacher", None, 0.1, (0, 0), 4 * 25 * 50))
     assert Pool.made.workers == workers and Pool.made.most <= workers + 1
     assert [int(block["rews"][0, 0, 0]) for block, _ in blocks] == [0, 1, 2, 3]
 
 
-def rolled_out(task, num_envs, seed, policies):
+def rolled_out(task, num_envs, seed, policies, action_noise):
     steps = num_envs * 50
     return {"rews": torch.full((2, steps, 1), float(seed[-1]))}, torch.full((num_envs,), 50)
 

@@ -60,7 +60,7 @@ def load_prey(path: str | Path, obs_size: int) -> dict[str, Tensor]:
 
 def load_behaviour(path: str | Path, env, prey_obs_size: int | None) -> dict:
     """Behaviour policies of one scenario: state dicts "medium" and "expert" (lists over agents), "prey" (or None), and
-    "replay", the recorded actions of a TD3 run with its seed.
+    "replay", the recorded actions of a TD3 run with its seed (or None).
 
     Args:
         env: an environment of the scenario. prey_obs_size: None where the scenario has no prey.
@@ -76,12 +76,13 @@ def load_behaviour(path: str | Path, env, prey_obs_size: int | None) -> dict:
         for policies in (everybody, medium + everybody[n:]):
             for policy, size in zip(policies, sizes, strict=True):
                 policy_action(policy, torch.zeros(1, size))
-        replay = checkpoint["replay"]
-        steps, worlds, *action_shape = replay["actions"].shape
-        whole = steps * worlds > 0 and steps % env.episode_steps == 0
-        if not whole or action_shape != [n, env.action_size] or not isinstance(replay["seed"], int):
-            raise ValueError
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
+        replay = checkpoint.get("replay")
+        if replay is not None:
+            steps, worlds, *action_shape = replay["actions"].shape
+            whole = steps * worlds > 0 and steps % env.episode_steps == 0
+            if not whole or action_shape != [n, env.action_size] or not isinstance(replay["seed"], int):
+                raise ValueError
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError):
         raise UserError(
             f"{path}: not behaviour policies of this scenario; retrain them with train_behaviour.py"
         ) from None
