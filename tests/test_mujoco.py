@@ -421,7 +421,7 @@ def test_data_are_the_same_on_any_number_of_cores(tmp_path):
     """Worker processes make the blocks that this process makes itself."""
     collect_datasets.collect("Reacher", "random", tmp_path, 60 * 50)
     seed = (0, common.DATASETS.index("random"))
-    blocks = [collect_datasets.rollout_block("Reacher", 25, (*seed, block), None)[0] for block in range(3)]
+    blocks = [collect_datasets.rollout_block("Reacher", 25, (*seed, block), None, 0.1)[0] for block in range(3)]
     for name in ("obs", "acs", "next_obs", "states", "next_states"):
         expected = torch.cat([block[name] for block in blocks], 1)[:, :3000]
         np.testing.assert_array_equal(arrays(tmp_path, "Reacher", name), expected)
