@@ -107,7 +107,11 @@ def write_gif(run, evaluate, path: Path) -> str:
 def closing_table(results: dict) -> str:
     """One line per environment: return, normalised score, the dataset's returns and the paper's result."""
     scenario, dataset, data = results["scenario"], results["dataset"], results["data"]
-    seeds, episodes, name = results["num_seeds"], results["eval_episodes"], NAMES[results["algorithm"]]
+    seeds, episodes, name = (
+        results["num_seeds"],
+        results["eval_episodes"],
+        NAMES.get(results["algorithm"], results["algorithm"]),
+    )
     over_seeds = f"for each of {seeds} seeds, mean ± std over seeds" if seeds > 1 else "of one seed"
     paper_column = f"paper ({name})"
     lines = [
