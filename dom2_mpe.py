@@ -160,7 +160,7 @@ class NoiseSchedule:
 
 
 def time_grid(num_steps: int) -> list[float]:
-    """N + 1 uniform diffusion times, from tau_N = 1 down to tau_0 = 1e-3. It is not 0, because sigma(0) = 0 divides."""
+    """N + 1 uniform diffusion times, tau_N = 1 down to tau_0 = 1e-3 (not 0: the solver divides by sigma(tau_0))."""
     return [1e-3 + (1 - 1e-3) * i / num_steps for i in range(num_steps, -1, -1)]
 
 
@@ -297,7 +297,7 @@ class DiffusionPolicy(nn.Module):
 
     With prediction="noise" the network's output f is eps_theta. With prediction="action" it stands for a clean action
     a0 = tanh(f), and the solver gets the noise eps_theta = (a - alpha a0) / sigma that this action implies. Every
-    predicted action then lies in [-1, 1]. The clamp at the end removes the noise left at tau_0, of size about 0.01.
+    predicted action then lies in [-1, 1]. Noise of about 0.01 is left at tau_0; the last clamp only restores the range.
     """
 
     solver = staticmethod(dpm_solver)  # a subclass may have another one
@@ -438,7 +438,7 @@ def augment(returns: Tensor, thresholds) -> Tensor:
 def sample_transitions(data: Dataset, args) -> tuple[Tensor, ...]:
     """Algorithm 2, line 5: an independent minibatch for each learner, from its own agent's part of the dataset.
 
-    Returns obs [L, B, d], action [L, B, A], reward [L, B], next_obs [L, B, d], done [L, B], as the Dataset has them.
+    Returns obs [L, B, d], action [L, B, A], reward [L, B], next_obs [L, B, d], done [L, B], with the Dataset's values.
     """
     (n, T, _), device = data.obs.shape, data.obs.device
     L, B = args.num_seeds * n, args.batch_size
