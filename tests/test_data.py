@@ -864,7 +864,7 @@ def test_behaviour_policies_that_do_not_fit(tmp_path, collect, pretrained):
     ],
 )
 def test_replay_data_are_the_same_on_every_machine(scenario, tmp_path):
-    """The committed actions make the committed dataset again: its size, and its returns but for rounding."""
+    """The committed actions make the committed dataset again: its size, and its returns up to rounding."""
     made = collect_datasets.collect(scenario, "medium-replay", tmp_path)
     with open(common.ROOT / "results/datasets.csv") as file:
         (row,) = [r for r in csv.DictReader(file) if (r["scenario"], r["dataset"]) == (scenario, "medium-replay")]
