@@ -443,7 +443,7 @@ def test_missing_data_are_made_and_change_nothing_else(tmp_path, monkeypatch, co
     assert contents(tmp_path) == before
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinities")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux, where a process chooses its cores")
 def test_usable_cores_are_those_of_the_process(monkeypatch):
     allowed = os.sched_getaffinity(0)
     assert usable_cores() == len(allowed)

@@ -59,10 +59,8 @@ def assignments(run, evaluate, shift: str, starts: int = 20, episodes: int = 100
     world.step = recorded_step
     evaluate(run.act, env, run.args)
     paths.append(world.agent_pos[:10].cpu())
-    nearest, m = (
-        torch.cdist(world.agent_pos, world.landmark_pos).argmin(-1),
-        world.num_landmarks,
-    )  # [S starts episodes, n]
+    m = world.num_landmarks
+    nearest = torch.cdist(world.agent_pos, world.landmark_pos).argmin(-1)  # [S * starts * episodes, n]
     code = (nearest * m ** torch.arange(nearest.shape[1], device=nearest.device)).sum(-1)
     counts = F.one_hot(code, m ** nearest.shape[1]).view(S, starts, episodes, -1).sum(2)
     entropy = torch.special.entr(counts / episodes).sum(-1) / math.log(2)  # [S, starts]

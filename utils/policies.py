@@ -36,11 +36,8 @@ class TrainedPolicy:
             raise UserError(f"seed_index {seed_index}: {path} holds {args.num_seeds} seeds")
         self.args, self.algorithm, self.prey = replace(args, num_seeds=1), algorithm, checkpoint["prey"]
         env = common.make_env(common.task_name(args))
-        self.agents, self.obs_size, self.sizes = (
-            env.agents,
-            env.obs_size,
-            dict(zip(env.agents, env.obs_sizes, strict=True)),
-        )
+        self.agents, self.obs_size = env.agents, env.obs_size
+        self.sizes = dict(zip(env.agents, env.obs_sizes, strict=True))  # of every agent's observation
         if self.prey is not None:
             self.prey_name = SCENARIOS[args.scenario].agents[-1]
             self.sizes[self.prey_name] = self.prey["fc1.weight"].shape[1]
