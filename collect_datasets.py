@@ -6,8 +6,9 @@
 
 A dataset is a folder `datasets/<scenario>/<dataset>/seed_0_data` of plain .npy arrays, one per agent and quantity
 (`obs_i`, `acs_i`, `rews_i`, `next_obs_i`, `dones_i`, float32, whole episodes one after the other), the layout of the
-OMAR datasets, plus `metadata.json`. Only the controlled agents are stored; the prey of predator-prey and World is part
-of the environment. MuJoCo tasks also have the whole robot's `states_i`, `next_states_i`; `dones_i` is 1 where it fell.
+OMAR datasets, plus `metadata.json`. `--seed k` makes another version of it, `seed_k_data`. Only the controlled agents
+are stored; the prey of predator-prey and World is part of the environment. MuJoCo tasks also have the whole robot's
+`states_i`, `next_states_i`; `dones_i` is 1 where it fell.
 
     random          uniformly random actions
     medium, expert  the policies of that level, with Gaussian noise of standard deviation 0.1 on their actions
@@ -46,7 +47,7 @@ from common import DATASETS
 from particle_env import SCENARIOS, ParticleEnv
 from utils.arrays import file_checksum
 from utils.frozen import load_behaviour, policy_action, policy_checksum
-from utils.options import DatasetName, Options, Weight
+from utils.options import DatasetName, Options, Seed, Weight
 from utils.program import UserError, program, usable_cores
 
 ACTION_NOISE = 0.1  # of the medium and expert datasets
@@ -72,8 +73,8 @@ class Args(Options):
     """transitions of each dataset; of medium-replay at most this many, as its buffer holds fewer"""
     data_dir: str = "datasets"
     """folder of the datasets"""
-    seed: int = 0
-    """seed of the rollouts"""
+    seed: Seed = 0
+    """seed of the rollouts, and the version: seed i writes seed_i_data"""
     overwrite: bool = False
     """replace datasets that exist"""
     pretrained_dir: str = str(common.ROOT / "pretrained")
@@ -268,20 +269,22 @@ def write_arrays(folder: Path, blocks, num_transitions: int, bar: tqdm) -> dict:
 
 @contextmanager
 def replaced_folder(target: Path, overwrite: bool):
-    """A temporary folder beside `target` that takes its place when the context ends well, whole or not at all.
+    """A temporary folder in the scenario's that takes the place of `target` when the context ends well, or not at all.
 
     Raises:
         UserError: the disk refuses.
     """
-    temporary = target.with_name(f".{target.name}-{os.getpid()}-{time.time_ns()}.tmp")
+    scenario = target.parents[1]
+    temporary = scenario / f".{target.parent.name}-{os.getpid()}-{time.time_ns()}.tmp"
     replaced = temporary.with_suffix(".old")
-    for left in (*target.parent.glob(".*.tmp"), *target.parent.glob(".*.old")):
+    for left in (*scenario.glob(".*.tmp"), *scenario.glob(".*.old")):
         with suppress(FileNotFoundError):  # of a process that has just ended
             if time.time() - left.stat().st_mtime > 86_400:  # no dataset takes a day: a killed process left it
                 shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        target.parent.mkdir(exist_ok=True)
         if overwrite and target.exists():
             os.rename(target, replaced)
         try:
@@ -319,13 +322,12 @@ def collect(
     Raises:
         UserError: it exists and `overwrite` is off, behaviour policies are missing, or the disk refuses.
     """
-    path = common.dataset_path(data_dir, task, dataset)
-    env, target = common.make_env(task), path.parent
+    target, env = common.dataset_path(data_dir, task, dataset, seed), common.make_env(task)
     if dataset not in DATASETS:
         raise UserError(f"--dataset {dataset}: unknown; choose one of {', '.join(DATASETS)}")
     if task not in PUBLISHED and dataset != "random":
         raise UserError(
-            f"{path}: missing, and there are no behaviour policies of {task} to make it with, only random data; put "
+            f"{target}: missing, and there are no behaviour policies of {task} to make it with, only random data; put "
             "data of your own there"
         )
     if num_transitions < 2 * env.episode_steps:
@@ -336,13 +338,15 @@ def collect(
     behaviour = {"prey": None}
     if task in SCENARIOS or dataset != "random":  # random actions of a robot need no policies
         behaviour = load_behaviour(Path(pretrained_dir) / f"{task}.pt", env, prey_obs_size(task))
-    if dataset == "medium-replay" and behaviour["replay"] is None:
-        raise UserError(f"{pretrained_dir}/{task}.pt: records no TD3 run to replay; choose another --dataset")
+    if dataset == "medium-replay":
+        if behaviour["replay"] is None:
+            raise UserError(f"{pretrained_dir}/{task}.pt: records no TD3 run to replay; choose another --dataset")
+        if seed:
+            print(f"{target}: one TD3 run is recorded, so all versions of medium-replay are the same", file=sys.stderr)
     with replaced_folder(target, overwrite) as folder:
-        (folder / path.name).mkdir()
         with tqdm(desc=f"{task}/{dataset}", total=num_transitions, unit="step", unit_scale=True) as bar:
             blocks = make_blocks(task, dataset, behaviour, num_transitions, seed, action_noise)
-            contents = write_arrays(folder / path.name, blocks, num_transitions, bar)
+            contents = write_arrays(folder, blocks, num_transitions, bar)
         metadata = {
             "scenario": task,
             "dataset": dataset,
@@ -352,7 +356,7 @@ def collect(
             "prey_checksum": behaviour["prey"] and policy_checksum(behaviour["prey"]),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }
-        (folder / path.name / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
     return metadata
 
 
@@ -376,7 +380,7 @@ def main() -> None:
     made = []
     for task in args.scenario:
         for dataset in args.dataset:
-            target = common.dataset_path(args.data_dir, task, dataset).parent
+            target = common.dataset_path(args.data_dir, task, dataset, args.seed)
             if target.exists() and not args.overwrite:
                 print(f"{target}: exists, kept (--overwrite replaces it)", file=sys.stderr)
                 continue

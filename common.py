@@ -83,13 +83,15 @@ class Dataset(NamedTuple):
     lengths: Tensor  # [episodes], its number of rows
     returns: Tensor  # [episodes], team return: mean over agents of the sum of rewards
     metadata: dict  # of metadata.json, empty where there is none
-    episodes: Tensor | None = None  # indices of (replicated) trajectories that minibatches are drawn from
-    index: Tensor | None = None  # the rows of all those trajectories
+    versions: dict[str, int]  # {folder: its episodes}; one for all seeds, or one for each seed, one after the other
+    episodes: tuple[Tensor, ...] = ()  # of each version: trajectories (with replicas) that minibatches are drawn from
+    index: tuple[Tensor, ...] = ()  # the rows of all those trajectories
 
-    def replicated(self, episodes: Tensor) -> Dataset:
-        """The dataset whose minibatches come from the trajectories `episodes`, uniformly over their rows."""
-        index = rows_of(self.starts[episodes], self.lengths[episodes])
-        return self._replace(episodes=episodes, index=index)
+    def replicated(self, replicas) -> Dataset:
+        """The dataset whose minibatches come from the trajectories that `replicas` makes of a version's returns."""
+        parts = torch.arange(len(self.returns), device=self.returns.device).split(list(self.versions.values()))
+        episodes = tuple(part[replicas(self.returns[part])] for part in parts)
+        return self._replace(episodes=episodes, index=tuple(rows_of(self.starts[e], self.lengths[e]) for e in episodes))
 
 
 def rows_of(starts: Tensor, lengths: Tensor) -> Tensor:
@@ -98,13 +100,13 @@ def rows_of(starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum()), device=starts.device) + (starts - before).repeat_interleave(lengths)
 
 
-def dataset_path(data_dir: str | Path, task: str, dataset: str) -> Path:
-    """Folder of the arrays, in the layout of the OMAR datasets."""
-    return Path(data_dir) / task / dataset / "seed_0_data"
+def dataset_path(data_dir: str | Path, task: str, dataset: str, seed: int = 0) -> Path:
+    """Folder of the arrays of one version, in the layout of the OMAR datasets."""
+    return Path(data_dir) / task / dataset / f"seed_{seed}_data"
 
 
-def load_dataset(data_dir: str | Path, task: str, dataset: str, env) -> Dataset:
-    """Load and check `<data_dir>/<task>/<dataset>/seed_0_data/{obs,acs,rews,next_obs,dones}_<agent>.npy`.
+def load_dataset(path: Path, env) -> Dataset:
+    """Load and check `<path>/{obs,acs,rews,next_obs,dones}_<agent>.npy`, where `path` is a `dataset_path`.
 
     Any float type is accepted and becomes float32. Where there is a `metadata.json`, its names and checksums must fit;
     datasets from elsewhere come without one and get every other check.
@@ -112,8 +114,7 @@ def load_dataset(data_dir: str | Path, task: str, dataset: str, env) -> Dataset:
     Raises:
         UserError: a file is missing, damaged, of a shape that does not fit the others or the scenario, or not finite.
     """
-    path, n = dataset_path(data_dir, task, dataset), env.num_agents
-    metadata = read_metadata(path, task, dataset)
+    n, metadata = env.num_agents, read_metadata(path)
     widths = {"obs": env.obs_size, "acs": env.action_size, "rews": 1, "next_obs": env.obs_size, "dones": 1}
     arrays = {}
     for name, width in widths.items():
@@ -133,7 +134,7 @@ def load_dataset(data_dir: str | Path, task: str, dataset: str, env) -> Dataset:
     returns = torch.zeros(len(lengths), dtype=torch.float64)
     returns.index_add_(0, torch.arange(len(lengths)).repeat_interleave(lengths), reward.double().mean(0))
     columns = arrays["obs"], arrays["acs"], reward, arrays["next_obs"], done
-    return Dataset(*columns, ends - lengths, lengths, returns.float(), metadata)
+    return Dataset(*columns, ends - lengths, lengths, returns.float(), metadata, {path.name: len(lengths)})
 
 
 def episode_lengths(ended: Tensor, episode_steps: int) -> Tensor:

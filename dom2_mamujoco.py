@@ -39,7 +39,7 @@ from common import Dataset
 from mamujoco_env import SCENARIOS
 from run import Algorithm, Run, parse
 from utils import options
-from utils.data import load_data
+from utils.data import draw, load_data
 from utils.options import Count, DatasetName, Discount, Natural, Share, Weight, Widths
 from utils.policies import TrainedPolicy
 from utils.program import UserError, program
@@ -434,7 +434,7 @@ def sample_transitions(data: Dataset, args) -> tuple[Tensor, ...]:
     """
     (n, T, _), device = data.obs.shape, data.obs.device
     L, B = args.num_seeds * n, args.batch_size
-    step = data.index[torch.randint(len(data.index), (L, B), device=device)]  # rows of an agent's part, with replicas
+    step = draw(data.index, L, B)  # rows of an agent's part, with replicas
     agent = torch.arange(L, device=device)[:, None] % n
     row = (agent * T + step).flatten()
     return tuple(x.flatten(0, 1).index_select(0, row).unflatten(0, (L, B)) for x in data[:5])
@@ -564,9 +564,12 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
     args, env = run.args, run.make_env(1)
     torch.manual_seed(args.seed)
     data = None if args.eval_only else load_data(args, env, run.prey)
-    if data is not None:
-        thresholds = args.thresholds or data.returns.quantile(data.returns.new_tensor(args.quantiles)).tolist()
-        data = data.replicated(augment(data.returns, thresholds if args.augment else ()))  # line 2
+
+    def replicas(returns):
+        thresholds = args.thresholds or returns.quantile(returns.new_tensor(args.quantiles)).tolist()
+        return augment(returns, thresholds if args.augment else ())
+
+    data = data and data.replicated(replicas)  # line 2
     learners = algorithm.make_learners(args, env)  # line 1
     optimizers = algorithm.make_optimizers(args, learners)
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from common import Dataset
 from run import Algorithm, Run, parse
 from utils import options
-from utils.data import load_data
+from utils.data import draw, load_data
 from utils.options import Count, Discount, Share, Weight, Widths
 from utils.policies import TrainedPolicy
 from utils.program import UserError, program
@@ -120,13 +120,12 @@ SETTINGS = {
     ("simple_world", "medium"): dict(updates=4_000, batch_size=1024, gamma=0.8, eta=1.0),
     ("simple_world", "medium-expert"): dict(updates=2_000, batch_size=1024, eta=1.0),
     ("simple_world", "expert"): dict(updates=2_000, batch_size=1024, eta=1.0),
-    **{
-        ("landmarks6", d): dict(updates=5_000, shift=("dismiss",)) for d in ("random", "random-medium", "medium-replay")
-    },
-    **{
-        ("landmarks6", d): dict(updates=4_000, eta=1.0, shift=("dismiss",))
-        for d in ("medium", "medium-expert", "expert")
-    },
+    ("landmarks6", "random"): dict(updates=5_000, shift=("dismiss",)),
+    ("landmarks6", "random-medium"): dict(updates=5_000, shift=("dismiss",)),
+    ("landmarks6", "medium-replay"): dict(updates=5_000, shift=("dismiss",)),
+    ("landmarks6", "medium"): dict(updates=4_000, eta=1.0, shift=("dismiss",)),
+    ("landmarks6", "medium-expert"): dict(updates=4_000, eta=1.0, shift=("dismiss",)),
+    ("landmarks6", "expert"): dict(updates=4_000, eta=1.0, shift=("dismiss",)),
 }
 
 
@@ -442,7 +441,7 @@ def sample_transitions(data: Dataset, args) -> tuple[Tensor, ...]:
     """
     (n, T, _), device = data.obs.shape, data.obs.device
     L, B = args.num_seeds * n, args.batch_size
-    step = data.index[torch.randint(len(data.index), (L, B), device=device)]  # rows of an agent's part, with replicas
+    step = draw(data.index, L, B)  # rows of an agent's part, with replicas
     agent = torch.arange(L, device=device)[:, None] % n
     row = (agent * T + step).flatten()
     return tuple(x.flatten(0, 1).index_select(0, row).unflatten(0, (L, B)) for x in data[:5])
@@ -572,9 +571,12 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
     args, env = run.args, run.make_env(1)
     torch.manual_seed(args.seed)
     data = None if args.eval_only else load_data(args, env, run.prey)
-    if data is not None:
-        thresholds = args.thresholds or data.returns.quantile(data.returns.new_tensor(args.quantiles)).tolist()
-        data = data.replicated(augment(data.returns, thresholds if args.augment else ()))  # line 2
+
+    def replicas(returns):
+        thresholds = args.thresholds or returns.quantile(returns.new_tensor(args.quantiles)).tolist()
+        return augment(returns, thresholds if args.augment else ())
+
+    data = data and data.replicated(replicas)  # line 2
     learners = algorithm.make_learners(args, env)  # line 1
     optimizers = algorithm.make_optimizers(args, learners)
 

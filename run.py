@@ -168,8 +168,11 @@ class Run:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help needs none of it
 
+        stats = statistics(data)
         if self.checkpoint is None:
-            self.path, self.stats = new_run_dir(self.args, self.algorithm.name), statistics(data)
+            self.path, self.stats = new_run_dir(self.args, self.algorithm.name), stats
+        elif any(stats[key] != self.stats[key] for key in ("versions", "transitions")):
+            raise UserError(f"{self.path}: its dataset was another one, {self.stats}; it is now {stats}; restore it")
         args = self.args
         of = f"{args.num_seeds} seeds x {len(data.obs)} agents"
         print(f"{args.scenario}/{args.dataset}: {args.num_seeds * len(data.obs)} learners ({of}), {self.path}")

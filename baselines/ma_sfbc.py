@@ -47,6 +47,7 @@ from dom2_mpe import (
     UserError,
     adam,
     diffusion_loss,
+    draw,
     gradient_step,
     parse,
     program,
@@ -206,7 +207,7 @@ def sample_batch(data, args: Args) -> Batch:
     """Windows for all learners, and the random numbers of their update."""
     (n, _, A), device = data.action.shape, data.obs.device
     L, M, H = args.num_seeds * n, args.batch_size // args.window, args.window
-    episode = data.episodes[torch.randint(len(data.episodes), (L, M, 1), device=device)]
+    episode = draw(data.episodes, L, M, 1)
     length = data.lengths[episode]
     offset = (torch.rand(L, M, 1, device=device) * (length - H + 1).clamp(min=1)).long()
     step = offset + torch.arange(H, device=device)  # [L, M, H]

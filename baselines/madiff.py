@@ -34,7 +34,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 
 from baselines import shared
 from baselines.shared import ObservationNorm, Policy, options, settings_table
-from dom2_mpe import NoiseSchedule, StackedLinear, TimeFeatures, adam, dpm_solver, gradient_step, parse, program, train
+from dom2_mpe import (
+    NoiseSchedule,
+    StackedLinear,
+    TimeFeatures,
+    adam,
+    dpm_solver,
+    draw,
+    gradient_step,
+    parse,
+    program,
+    train,
+)
 from run import Algorithm
 
 Fraction = Annotated[float, options.Rule("in [0, 1]", lambda x: 0 <= x <= 1)]
@@ -198,7 +209,7 @@ def sample_batch(data, args: Args) -> Batch:
     """Windows for all seeds, and the random numbers of their update."""
     (n, _, d), device = data.obs.shape, data.obs.device
     S, B, H = args.num_seeds, args.batch_size, args.horizon
-    episode = data.episodes[torch.randint(len(data.episodes), (S, B, 1), device=device)]
+    episode = draw(data.episodes, S, B, 1)
     length = data.lengths[episode]
     step = (torch.rand(S, B, 1, device=device) * length).long() + torch.arange(H, device=device)
     row = data.starts[episode] + torch.minimum(step, length - 1)  # [S, B, H]

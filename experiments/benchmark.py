@@ -62,7 +62,7 @@ def make_step(num_learners: int, num_transitions: int = 100_000, device="cpu", d
     reward, done = (torch.zeros(agents, num_transitions, device=device) for _ in range(2))
     obs, action, next_obs = columns
     index = torch.arange(num_transitions, device=device)
-    data = Dataset(obs, action, reward, next_obs, done, None, None, None, {}, None, index)
+    data = Dataset(obs, action, reward, next_obs, done, None, None, None, {}, {}, (), (index,))
     sizes = dict(num_agents=agents, obs_size=OBS_SIZE, action_size=ACTION_SIZE, device=device)
     learners = dom2_mpe.make_learners(args, SimpleNamespace(**sizes))
     optimizers = dom2_mpe.make_optimizers(args, learners)

@@ -46,7 +46,7 @@ def toy_dataset(action: Tensor, reward: Tensor) -> Dataset:
     T = len(action)
     zeros, rows = torch.zeros(1, T, 1), torch.arange(T)
     columns = zeros, action[None], reward[None], zeros, torch.ones(1, T)
-    return Dataset(*columns, rows, torch.ones_like(rows), reward, {}).replicated(rows)
+    return Dataset(*columns, rows, torch.ones_like(rows), reward, {}, {"toy": T}).replicated(lambda returns: rows)
 
 
 def two_ways(T: int = 4_096) -> Dataset:

@@ -63,7 +63,7 @@ def env_of(num_agents):
 def dataset(columns, starts, lengths, episodes):
     """Dataset of the columns obs, action, reward, next_obs, done whose minibatches come from `episodes`."""
     returns = torch.stack([columns[2][:, s : s + n].sum(1).mean() for s, n in zip(starts, lengths, strict=True)])
-    return Dataset(*columns, starts, lengths, returns, {}).replicated(episodes)
+    return Dataset(*columns, starts, lengths, returns, {}, {"all": len(starts)}).replicated(lambda _: episodes)
 
 
 def networks(network, *sizes, seed=0):
@@ -907,10 +907,10 @@ def data_of(algorithm, args):
 @every_baseline
 def test_augmentation_is_off_unless_asked_for(name, tiny):
     algorithm = BASELINES[name]
-    assert torch.equal(data_of(algorithm, tiny(name)).episodes, torch.arange(20))
+    assert torch.equal(data_of(algorithm, tiny(name)).episodes[0], torch.arange(20))
     data = data_of(algorithm, tiny(name, augment=True, quantiles=(0.5,)))
-    assert len(data.episodes) == 30
-    assert torch.equal(data.episodes, augment(data.returns, [data.returns.quantile(0.5)]))
+    assert len(data.episodes[0]) == 30
+    assert torch.equal(data.episodes[0], augment(data.returns, [data.returns.quantile(0.5)]))
 
 
 @every_baseline
@@ -918,7 +918,7 @@ def test_rewards_are_those_of_the_publication(name, tiny, data_dir):
     args = tiny(name)
     found = data_of(BASELINES[name], args).reward
     env = common.make_env("simple_spread")
-    raw = common.load_dataset(data_dir, "simple_spread", "medium", env).reward
+    raw = common.load_dataset(common.dataset_path(data_dir, "simple_spread", "medium"), env).reward
     if name in ("ma_td3bc", "ma_cql", "omar"):
         assert torch.equal(found, raw)
     else:

@@ -39,7 +39,7 @@ def obs_sizes(scenario):
 
 
 def load(data_dir, scenario, dataset):
-    return common.load_dataset(data_dir, scenario, dataset, common.make_env(scenario))
+    return common.load_dataset(common.dataset_path(data_dir, scenario, dataset), common.make_env(scenario))
 
 
 def columns_of(loaded):
@@ -48,9 +48,9 @@ def columns_of(loaded):
     return torch.cat([loaded.obs, loaded.action, reward, loaded.next_obs, done], -1)
 
 
-def arrays(data_dir, scenario, dataset):
+def arrays(data_dir, scenario, dataset, seed=0):
     """What numpy alone finds on disk: {"obs": [n, T, d], "acs": [n, T, 2], "rews": [n, T], ...}."""
-    folder = Path(data_dir) / scenario / dataset / "seed_0_data"
+    folder = Path(data_dir) / scenario / dataset / f"seed_{seed}_data"
     return {name: np.stack([np.load(folder / f"{name}_{i}.npy") for i in range(N)]) for name in FILES}
 
 
@@ -200,7 +200,7 @@ def test_same_seed_same_data(dataset, tmp_path, collect):
     for i, seed in enumerate((0, 0, 1)):
         torch.manual_seed(i)  # the global generator plays no part
         collect("simple_tag", dataset, tmp_path / str(i), seed=seed)
-        made.append(arrays(tmp_path / str(i), "simple_tag", dataset))
+        made.append(arrays(tmp_path / str(i), "simple_tag", dataset, seed))
     for name in ("obs", "acs", "rews", "next_obs"):
         np.testing.assert_array_equal(made[0][name], made[1][name])
         assert not np.isclose(made[0][name], made[2][name]).all(axis=(0, 1)).any()
@@ -414,7 +414,7 @@ def test_data_made_with_another_prey_are_refused(tmp_path, data_dir, pretrained)
     load_data(options(data_dir), tag_env(), prey)
     other = prey | {"fc3.bias": prey["fc3.bias"] + 1e-6}
     assert policy_checksum(other) != policy_checksum(prey)
-    with pytest.raises(UserError, match=r"simple_tag.medium: made with another prey.*--prey"):
+    with pytest.raises(UserError, match=r"simple_tag.medium.seed_0_data: made with another prey.*--prey"):
         load_data(options(data_dir), tag_env(), other)
     shutil.copytree(data_dir / "simple_tag", tmp_path / "simple_tag")
     for file in tmp_path.rglob("metadata.json"):
@@ -747,9 +747,9 @@ def test_existing_data_are_not_overwritten(tmp_path, collect):
     collect("simple_tag", "random", tmp_path)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"simple_tag.*random.*--overwrite"):
-        collect("simple_tag", "random", tmp_path, seed=1)
+        collect("simple_tag", "random", tmp_path, num_transitions=50)
     assert contents(tmp_path) == before
-    collect("simple_tag", "random", tmp_path, seed=1, overwrite=True)
+    collect("simple_tag", "random", tmp_path, num_transitions=50, overwrite=True)
     after = contents(tmp_path)
     assert after.keys() == before.keys() and after != before
     load(tmp_path, "simple_tag", "random")
@@ -823,12 +823,12 @@ def test_two_collections_at_once(tmp_path, collect, monkeypatch):
         monkeypatch.setattr(collect_datasets, "rollout", rollout)
         with monkeypatch.context() as another_process:
             another_process.setattr(os, "getpid", lambda: 0)
-            collect("simple_tag", "random", tmp_path, seed=1)
+            collect("simple_tag", "random", tmp_path, num_transitions=50)
         shutil.copytree(tmp_path, tmp_path.with_name("other"))
         return rollout(*args)
 
     monkeypatch.setattr(collect_datasets, "rollout", while_another_collects)
-    collect("simple_tag", "random", tmp_path, seed=0)
+    collect("simple_tag", "random", tmp_path)
     assert contents(tmp_path) == contents(tmp_path.with_name("other"))
 
 
@@ -936,3 +936,69 @@ def test_paper_results_normalised_are_those_that_later_work_quotes():
         for dataset, score in zip(("random", "medium-replay", "medium", "expert"), scores, strict=True):
             mean, _ = common.paper_result(scenario, dataset, "none")
             assert common.normalised_score(scenario, mean) == pytest.approx(score, abs=0.06)
+
+
+# ---- versions: seed_0_data, seed_1_data, ... ----
+
+
+def make_versions(data_dir, *episodes):
+    """Random data of simple_tag in versions 0, 1, ...: version k has episodes[k] episodes, every reward of agent i at
+    time t is 100 k + t + i."""
+    for k, number in enumerate(episodes):
+        T = 25 * number
+        folder = common.dataset_path(data_dir, "simple_tag", "random", k)
+        folder.mkdir(parents=True)
+        for i in range(N):
+            rng = np.random.default_rng(i)
+            np.save(folder / f"obs_{i}.npy", rng.normal(size=(T, 16)))
+            np.save(folder / f"next_obs_{i}.npy", rng.normal(size=(T, 16)))
+            np.save(folder / f"acs_{i}.npy", rng.uniform(-1, 1, (T, A)))
+            np.save(folder / f"rews_{i}.npy", 100 * k + np.arange(T) % 25 + i)
+            np.save(folder / f"dones_{i}.npy", np.zeros(T))
+
+
+def test_every_seed_learns_from_its_own_version_as_it_would_alone(tmp_path):
+    make_versions(tmp_path, 4, 6, 5)
+    args = options(tmp_path, dataset="random", seed=1, num_seeds=2, raw_rewards=True, batch_size=500)
+    data = load_data(args, tag_env(), None)
+    assert data.versions == {"seed_1_data": 6, "seed_2_data": 5}
+    assert data.returns.tolist() == [25 * 101 + 300] * 6 + [25 * 201 + 300] * 5
+    data = data.replicated(lambda returns: dom2_mpe.augment(returns, [returns[0]]))  # every trajectory twice
+    batch = dom2_mpe.sample_batch(data, args)
+    expected = [[100 * k + i + t for t in range(25)] for k in (1, 2) for i in range(N)]  # seed-major
+    assert [sorted(set(row.tolist())) for row in batch.reward] == expected
+    for seed, rows in ((1, slice(0, 150)), (2, slice(150, 275))):
+        alone = load_data(options(tmp_path, dataset="random", seed=seed), tag_env(), None)
+        both = load_data(options(tmp_path, dataset="random", seed=1, num_seeds=2), tag_env(), None)
+        assert torch.equal(both.reward[:, rows], alone.reward)  # standardised by itself
+        assert torch.equal(both.obs[:, rows], alone.obs)
+
+
+def test_thresholds_belong_to_a_version(tmp_path):
+    make_versions(tmp_path, 4, 6)
+    data = load_data(options(tmp_path, dataset="random", num_seeds=2), tag_env(), None)
+    data = data._replace(returns=torch.arange(10.0)).replicated(lambda r: dom2_mpe.augment(r, [r.quantile(0.9).item()]))
+    assert [e.tolist() for e in data.episodes] == [[0, 1, 2, 3, 3], [4, 5, 6, 7, 8, 9, 9]]
+    assert data.index[1].tolist() == [*range(100, 250), *range(225, 250)]
+
+
+def test_one_version_is_shared_by_all_seeds_whatever_its_number(tmp_path):
+    make_versions(tmp_path, 4, 6)
+    shutil.rmtree(common.dataset_path(tmp_path, "simple_tag", "random", 0))
+    data = load_data(options(tmp_path, dataset="random", num_seeds=3), tag_env(), None)
+    assert data.versions == {"seed_1_data": 6}
+
+
+def test_a_seed_without_its_own_version_is_refused_by_name(tmp_path):
+    make_versions(tmp_path, 4, 6)
+    with pytest.raises(UserError, match=r"seed_2_data: missing; there are seed_0_data, seed_1_data"):
+        load_data(options(tmp_path, dataset="random", num_seeds=3), tag_env(), None)
+
+
+def test_every_seed_of_a_collection_is_a_version_of_its_own(tmp_path, pretrained):
+    for seed in (0, 3):
+        collect_datasets.collect("simple_tag", "random", tmp_path, 50, seed, pretrained_dir=pretrained)
+    folders = sorted((tmp_path / "simple_tag" / "random").iterdir())
+    assert [folder.name for folder in folders] == ["seed_0_data", "seed_3_data"]
+    first, other = (np.load(folder / "acs_0.npy") for folder in folders)
+    assert not np.array_equal(first, other)

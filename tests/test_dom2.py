@@ -609,8 +609,9 @@ def coded_data(num_agents, num_episodes, replicated):
     rows = torch.arange(num_agents * T * W, dtype=torch.float32).view(num_agents, T, W)
     obs, action, reward, next_obs, done = rows.split([D, A, 1, D, 1], -1)
     starts, lengths = torch.arange(num_episodes) * EPISODE_STEPS, torch.full((num_episodes,), EPISODE_STEPS)
-    data = Dataset(obs, action, reward[..., 0], next_obs, done[..., 0], starts, lengths, torch.zeros(num_episodes), {})
-    return data.replicated(torch.tensor(replicated)), T, W
+    columns = obs, action, reward[..., 0], next_obs, done[..., 0]
+    data = Dataset(*columns, starts, lengths, torch.zeros(num_episodes), {}, {"all": num_episodes})
+    return data.replicated(lambda returns: torch.tensor(replicated)), T, W
 
 
 def test_minibatches_are_drawn_from_the_own_agent_with_the_weights_of_algorithm_1():
@@ -637,9 +638,9 @@ def test_minibatches_of_episodes_of_different_lengths_are_uniform_over_their_row
     torch.manual_seed(0)
     columns, lengths = torch.arange(9.0).view(1, 9), torch.tensor([2, 3, 4])
     obs, starts = columns[..., None], torch.tensor([0, 2, 5])
-    data = Dataset(obs, obs, columns, obs, columns, starts, lengths, torch.tensor([1.0, 5.0, 3.0]), {})
-    data = data.replicated(dom2_mpe.augment(data.returns, (2.0, 4.0)))
-    assert sorted(data.episodes.tolist()) == [0, 1, 1, 1, 2, 2]
+    data = Dataset(obs, obs, columns, obs, columns, starts, lengths, torch.tensor([1.0, 5.0, 3.0]), {}, {"all": 3})
+    data = data.replicated(lambda returns: dom2_mpe.augment(returns, (2.0, 4.0)))
+    assert sorted(data.episodes[0].tolist()) == [0, 1, 1, 1, 2, 2]
     rows = dom2_mpe.sample_batch(data, options(batch_size=40_000)).reward[0].long()
     expected = torch.tensor([1] * 2 + [3] * 3 + [2] * 4) / (2 + 9 + 8)
     close(torch.bincount(rows, minlength=9) / 40_000, expected, 0.01)

@@ -313,7 +313,7 @@ def robots_data(tmp_path_factory):
 
 
 def load(folder, scenario):
-    return common.load_dataset(folder, scenario, "random", MujocoEnv(scenario, 1))
+    return common.load_dataset(common.dataset_path(folder, scenario, "random"), MujocoEnv(scenario, 1))
 
 
 def arrays(folder, scenario, name):
@@ -658,13 +658,13 @@ def test_minibatches_follow_algorithm_1_and_keep_falls(robots_data, tmp_path, mo
     data, loaded = seen[0], load(robots_data, "Hopper")
     weight = 1 + sum((loaded.returns >= r).long() for r in args.thresholds)
     expected = weight.repeat_interleave(loaded.lengths)
-    np.testing.assert_array_equal(torch.bincount(data.index, minlength=len(expected)), expected)
+    np.testing.assert_array_equal(torch.bincount(data.index[0], minlength=len(expected)), expected)
     np.testing.assert_array_equal(data.done, loaded.done)
     # where robots fall rewards keep their mean: a fall ends them, and a constant would change what it costs
     np.testing.assert_allclose(data.reward, loaded.reward / loaded.reward.double().std(), rtol=1e-4)
     args = replace(args, augment=False)
     dom2_mamujoco.train(args, dom2_mamujoco.DOM2._replace(sample_batch=sample))
-    assert seen[-1].index.tolist() == list(range(loaded.obs.shape[1]))
+    assert seen[-1].index[0].tolist() == list(range(loaded.obs.shape[1]))
 
 
 def test_a_share_of_the_trajectories(robots_data, tmp_path):

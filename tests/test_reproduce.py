@@ -86,7 +86,7 @@ def check_finished_grid(args, further, out, tmp_path):
     assert results["updates"] == 2 and results["num_seeds"] == 2
     assert not done.with_name("simple_spread-medium-replay.json").exists()
     (log,) = (tmp_path / "runs/main/dom2").glob("simple_spread-medium-replay-*/log.txt")
-    assert "obs_0.npy: missing" in log.read_text()
+    assert "medium-replay: no such dataset" in log.read_text()
     assert f"failed: main/dom2/simple_spread-medium-replay, log in {log}" in out and "cells: 1 done, 1 failed" in out
     assert "Cells run: 1 of 90." in out
     x = results["returns"]["none"]

@@ -417,7 +417,7 @@ def test_full_disk_in_collecting(start, tmp_path, pretrained):
 
 
 def load(data_dir, scenario="simple_tag"):
-    return common.load_dataset(data_dir, scenario, "medium", TeamEnv(scenario, 1))
+    return common.load_dataset(common.dataset_path(data_dir, scenario, "medium"), TeamEnv(scenario, 1))
 
 
 def refused(file, reader, *arguments):

@@ -635,13 +635,13 @@ def test_training_samples_with_the_weights_of_algorithm_1(changes, small, data_d
     returns = team_returns(data_dir)
     thresholds = changes.get("thresholds", np.quantile(returns, changes.get("quantiles", DOM2.Args.quantiles)))
     weights = [1 + sum(value >= r for r in thresholds) for value in returns]
-    assert torch.bincount(data.index).tolist() == np.repeat(weights, EPISODE_STEPS).tolist()
+    assert torch.bincount(data.index[0]).tolist() == np.repeat(weights, EPISODE_STEPS).tolist()
     assert max(weights) > 1
 
 
 def test_no_augment(small):
     data, _ = sampled(DOM2.args(**small | dict(updates=1, augment=False)))
-    assert data.index.sort().values.tolist() == list(range(20 * EPISODE_STEPS))
+    assert data.index[0].sort().values.tolist() == list(range(20 * EPISODE_STEPS))
 
 
 def test_data_fraction_keeps_whole_trajectories(small, data_dir):
@@ -656,7 +656,7 @@ def test_data_fraction_keeps_whole_trajectories(small, data_dir):
         choices.append([next(e for e in range(20) if (obs[:, e] == kept[:, k]).all()) for k in range(5)])
         returns = team_returns(data_dir)[choices[-1]]
         weights = [1 + sum(value >= r for r in np.quantile(returns, DOM2.Args.quantiles)) for value in returns]
-        assert torch.bincount(data.episodes).tolist() == weights
+        assert torch.bincount(data.episodes[0]).tolist() == weights
         assert results["data"]["mean"] == pytest.approx(returns.mean(), rel=1e-4)
         assert results["data"]["max"] == pytest.approx(returns.max(), rel=1e-4)
         assert results["data"]["transitions"] == 125
@@ -1100,10 +1100,12 @@ def test_collect_datasets_from_the_command_line(script, tmp_path, pretrained):
         assert line.split()[1:5] == ["500", *numbers]
     assert "500/500" in err  # the progress bar
 
-    code, out, err = script(collect_datasets, *words, "--seed", "1")
+    code, out, err = script(collect_datasets, *words, "--action-noise", "0.5")
     assert code == 0 and (out + err).count("exists, kept") == 4 and files(tmp_path) == made
-    code, _, _ = script(collect_datasets, *words, "--seed", "1", "--overwrite")
+    code, _, _ = script(collect_datasets, *words, "--action-noise", "0.5", "--overwrite")
     assert code == 0 and files(tmp_path).keys() == made.keys() and files(tmp_path) != made
+    code, _, _ = script(collect_datasets, *words, "--seed", "1")
+    assert code == 0 and len(files(tmp_path)) == 2 * len(made)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def file_checksum(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def read_metadata(path: Path, task: str, dataset: str) -> dict:
+def read_metadata(path: Path) -> dict:
     """The contents of `metadata.json`, {} where there is none. Raises UserError if it is another dataset's."""
     if not (path / "metadata.json").exists():
         return {}
@@ -36,7 +36,7 @@ def read_metadata(path: Path, task: str, dataset: str) -> dict:
         metadata["checksums"] = dict(metadata["checksums"])
     except (ValueError, KeyError, TypeError):
         raise damaged(path, f"{path / 'metadata.json'}: not readable") from None
-    if recorded != (task, dataset):
+    if recorded != path.parts[-3:-1]:
         raise damaged(path, f"{path}: metadata.json says {recorded[0]}/{recorded[1]}")
     return metadata
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ import collect_datasets
 import common
 from utils.frozen import policy_checksum
 from utils.program import UserError
+
+COLUMNS = ("obs", "action", "reward", "next_obs", "done")  # with one row per transition
 
 
 def load_data(args, env, prey: dict | None) -> common.Dataset:
@@ -25,7 +28,7 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
     """
     task = common.task_name(args)
     folder = common.dataset_path(args.data_dir, task, args.dataset).parent
-    if not folder.exists():
+    if not any(folder.glob("[!.]*")):  # what begins with a dot was left by a killed process
         if args.data_dir != "datasets":  # a mistyped folder must not be filled with our data
             make = shlex.join(["--scenario", task, "--dataset", args.dataset, "--data-dir", args.data_dir])
             raise UserError(f"{folder}: no such dataset; to make it there, run python collect_datasets.py {make}")
@@ -34,35 +37,70 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
             with torch.random.fork_rng():  # so that this run equals the next one, which finds the dataset made
                 collect_datasets.collect(task, args.dataset, data_dir=args.data_dir)
         except UserError:
-            if not folder.exists():  # else another process was faster
+            if not any(folder.glob("[!.]*")):  # else another process was faster
                 raise
-    data = common.load_dataset(args.data_dir, task, args.dataset, env)
+    data = joined([load_version(path, args, env, prey) for path in versions(folder, args)])
+    return data._replace(**{name: x.to(env.device) for name, x in data._asdict().items() if isinstance(x, Tensor)})
+
+
+def versions(folder: Path, args) -> list[Path]:
+    """The version of a dataset for each seed of a run, `seed_i_data` for seed i; the only one, where there is one.
+
+    Raises:
+        UserError: there are several versions, and none for one of the seeds.
+    """
+    found = sorted(folder.glob("seed_*_data"))
+    if len(found) <= 1:
+        return found or [folder / "seed_0_data"]
+    own = [folder / f"seed_{args.seed + i}_data" for i in range(args.num_seeds)]
+    for path in own:
+        if path not in found:
+            names = ", ".join(path.name for path in found)
+            raise UserError(
+                f"{path}: missing; there are {names}, and where there are several, every seed learns from its own; "
+                "choose other seeds, or leave one version in the folder"
+            )
+    return own
+
+
+def load_version(path: Path, args, env, prey: dict | None) -> common.Dataset:
+    """One version, checked against the prey, cut to --data-fraction, its rewards standardised."""
+    data = common.load_dataset(path, env)
     made_with = data.metadata.get("prey_checksum")
     if prey is not None and made_with not in (None, policy_checksum(prey)):
-        raise UserError(f"{folder}: made with another prey; pass it as --prey, or delete the folder to make it anew")
+        raise UserError(f"{path}: made with another prey; pass it as --prey, or delete the folder to make it anew")
     outside = (data.action.abs() > 1.0001).float().mean().item()
     if outside:
         share = f"{outside:.2%} of the action entries are outside [-1, 1], where no policy here can act"
-        print(f"warning: {folder}: {share}; scale the actions", file=sys.stderr)
+        print(f"warning: {path}: {share}; scale the actions", file=sys.stderr)
     if args.data_fraction < 1:
         data = take_share(data, args.data_fraction)
     reward = data.reward if args.raw_rewards else standardise(data.reward, data.done)
-    data = data._replace(reward=reward * args.reward_scale)
-    return data._replace(**{name: x.to(env.device) for name, x in data._asdict().items() if isinstance(x, Tensor)})
+    return data._replace(reward=reward * args.reward_scale)
+
+
+def joined(parts: list[common.Dataset]) -> common.Dataset:
+    """The versions of a dataset as one, their rows one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = [torch.cat([getattr(part, name) for part in parts], 1) for name in COLUMNS]
+    lengths, returns = (torch.cat([getattr(part, name) for part in parts]) for name in ("lengths", "returns"))
+    versions = {name: episodes for part in parts for name, episodes in part.versions.items()}
+    return common.Dataset(*columns, lengths.cumsum(0) - lengths, lengths, returns, parts[0].metadata, versions)
+
+
+def draw(choices: tuple[Tensor, ...], num: int, *size: int) -> Tensor:
+    """Independent draws [num, *size]: equally many of each version's choices, one after the other."""
+    return torch.cat([x[torch.randint(len(x), (num // len(choices), *size), device=x.device)] for x in choices])
 
 
 def take_share(data: common.Dataset, share: float) -> common.Dataset:
     """A random share of the trajectories, at least one."""
     kept = torch.randperm(len(data.returns))[: max(1, round(share * len(data.returns)))]
     rows, lengths = common.rows_of(data.starts[kept], data.lengths[kept]), data.lengths[kept]
-    columns = {name: getattr(data, name)[:, rows] for name in ("obs", "action", "reward", "next_obs", "done")}
-    return common.Dataset(
-        **columns,
-        starts=lengths.cumsum(0) - lengths,
-        lengths=lengths,
-        returns=data.returns[kept],
-        metadata=data.metadata,
-    )
+    columns, starts = [getattr(data, name)[:, rows] for name in COLUMNS], lengths.cumsum(0) - lengths
+    versions = dict.fromkeys(data.versions, len(kept))
+    return common.Dataset(*columns, starts, lengths, data.returns[kept], data.metadata, versions)
 
 
 def standardise(reward: Tensor, done: Tensor) -> Tensor:
@@ -76,11 +114,12 @@ def standardise(reward: Tensor, done: Tensor) -> Tensor:
 
 
 def statistics(data: common.Dataset) -> dict:
-    """Mean, standard deviation and maximum of the trajectories' returns, and the number of transitions."""
+    """Mean, standard deviation and maximum of the trajectories' returns, number of transitions, and versions."""
     returns = data.returns.cpu()
     return {
         "mean": returns.mean().item(),
         "std": returns.std(correction=0).item(),
         "max": returns.max().item(),
         "transitions": data.obs.shape[1],
+        "versions": list(data.versions),
     }

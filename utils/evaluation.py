@@ -127,7 +127,11 @@ def closing_table(results: dict) -> str:
             f"{'-' if normalised is None else f'{normalised:.1f}':>11} {data['mean']:>10.1f} {data['max']:>9.1f} "
             f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>23}"
         )
-    lines.append("")
+    versions = data["versions"]
+    lines += [
+        "",
+        f"data: {versions[0]}, for all seeds" if len(versions) == 1 else f"data: {', '.join(versions)}, one per seed",
+    ]
     for shift, found in results.get("assignments", {}).items():
         distinct, entropy = (sum(found[key]) / seeds for key in ("distinct", "entropy"))
         lines.append(f"{shift}: {distinct:.1f} assignments of agents to landmarks from one start, {entropy:.2f} bits")
