@@ -29,6 +29,7 @@ import numpy as np
 import tyro
 
 import common
+from particle_env import SCENARIOS
 from utils.episodes import Episode, Team, dataset_folder, write_dataset
 from utils.options import DatasetName, Natural, Options
 from utils.program import UserError, program
@@ -196,6 +197,8 @@ def import_dataset(args: Args) -> dict:
     for option, value in (("--rows", args.rows), ("--from-state", args.from_state)):
         if value and args.source != "vault":
             raise UserError(f"{option}: belongs to --source vault; leave it out")
+    if args.scenario in SCENARIOS and (args.agent_conf or args.agent_obsk):
+        raise UserError(f"--agent-conf, --agent-obsk: {args.scenario} is no robot; leave them out")
     team = Team(common.task_name(args), args.agents)
     path = dataset_folder(args.data_dir, team.task, args.dataset, args.seed, args.overwrite)
     episodes = list(READERS[args.source](args, team))

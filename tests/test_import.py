@@ -3,6 +3,7 @@ cut, padded, reordered or invented without a word."""
 
 import json
 import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 from minari.data_collector import EpisodeBuffer
 from mpe2 import simple_spread_v3
 from pettingzoo import ParallelEnv
+from pettingzoo.utils import BaseParallelWrapper
 
 import common
 import dom2_mamujoco
@@ -419,6 +421,15 @@ def test_hdf5_of_each_agent(kind, hopper, tmp_path):
     check(load(tmp_path / "data", HOPPER_TASK), hopper, hopper[0]["obs"])
 
 
+def test_columns_of_an_array_beyond_an_agents_own_must_be_zeros(hopper, tmp_path):
+    columns = d4rl(hopper, following=False)
+    columns |= {"observations": hopper.stacked("obs", -1), "actions": hopper.stacked("action")}
+    import_to(tmp_path, "hdf5", to_hdf5(tmp_path / "a.hdf5", columns), **HOPPER)
+    columns["observations"][7, 0, 3] = 1
+    path = to_hdf5(tmp_path / "b.hdf5", columns)
+    refused(r"observations of agent_0: .*numbers \[T, 3\]", import_to, tmp_path, "hdf5", path, **HOPPER, overwrite=True)
+
+
 def with_nan(x):
     x = x.astype(np.float32)
     x[7] = np.nan
@@ -652,6 +663,7 @@ def test_damaged_files(source, damage, tmp_path, monkeypatch):
 def test_options_that_do_not_belong(tmp_path):
     refused("--rows: belongs to --source vault", import_to, tmp_path, "hdf5", "x", "simple_tag", rows=(0,))
     refused("--from-state: belongs to", import_to, tmp_path, "minari", "x", "simple_tag", from_state=True)
+    refused("--agent-obsk: simple_tag is no robot", import_to, tmp_path, "hdf5", "x", "simple_tag", agent_obsk=1)
     refused("--source csv: unknown", import_to, tmp_path, "csv", "x", "simple_tag")
     refused("--seed -1", import_to, tmp_path, "hdf5", "x", "simple_tag", seed=-1)
     refused("--scenario nowhere: unknown", import_to, tmp_path, "hdf5", "x", "nowhere")
@@ -812,6 +824,28 @@ def test_terminations_truncations_and_agents_that_vanish(vanish, tmp_path, capsy
     assert ("of 2 episodes is unknown: their last" in out) == ("after 2 terminal states is unknown" in out) == vanish
 
 
+class Reversed(BaseParallelWrapper):
+    """The same environment, whose dicts and list of agents have the reversed order."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.possible_agents = env.possible_agents[::-1]
+
+    def reset(self, seed=None, options=None):
+        obs, infos = self.env.reset(seed, options)
+        return dict(reversed(obs.items())), infos
+
+    def step(self, actions):
+        return tuple(dict(reversed(x.items())) for x in self.env.step(actions))
+
+
+def test_agents_are_told_apart_by_name(tmp_path):
+    with Recorder(Reversed(parallel_env("simple_tag")), "simple_tag", "random", tmp_path) as env:
+        played = play(env, 2)
+    assert next(iter(played[0]["obs"])) == "agent_0"
+    check(load(tmp_path, "simple_tag"), played, ["adversary_0", "adversary_1", "adversary_2"])
+
+
 def test_agents_that_do_not_end_together_are_refused(tmp_path):
     recorder = Recorder(Pair((4, "terminated"), early="agent_1"), "HalfCheetah", "random", tmp_path)
     refused("agent_1: ended before the others", run, recorder, 1)
@@ -876,6 +910,30 @@ def test_an_error_writes_nothing_and_steps_need_an_episode(tmp_path):
 
 
 # ---- the page ----
+
+
+@pytest.mark.slow
+def test_the_pages_commands_import_and_train(cheetah, tmp_path):
+    """The line for HDF5 and the line that learns from it, in a folder with such a file."""
+    to_hdf5(tmp_path / "halfcheetah_medium-v2.hdf5", d4rl(cheetah))
+    page = (ROOT / "docs/datasets.md").read_text()
+    imports, training = (
+        re.search(rf"^    python ({script}.py .*{word}.*)$", page, re.M)[1].split()
+        for script, word in (("import_dataset", "hdf5"), ("dom2_mamujoco", "--dataset medium --data-dir my_data"))
+    )
+    short = ["--updates", "3", "--eval-episodes", "2", "--no-cuda"]
+
+    def run_line(script, *words):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *words], cwd=tmp_path, capture_output=True, text=True
+        )
+
+    done = run_line(*imports)
+    assert done.returncode == 0 and "2,000 transitions of 2 agents" in done.stdout, done.stderr
+    done = run_line(*training, *short)
+    assert done.returncode == 0 and "standard" in done.stdout, done.stderr
+    done = run_line(*imports)
+    assert done.returncode == 2 and re.fullmatch(r"error: .*seed_0_data: exists; .*\n", done.stderr)
 
 
 def test_snippets_of_the_page_run(tmp_path, monkeypatch):
