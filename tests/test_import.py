@@ -17,7 +17,7 @@ import tensorstore
 import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from minari.data_collector import EpisodeBuffer
-from mpe2 import simple_spread_v3
+from mpe2.simple_spread import simple_spread
 from pettingzoo import ParallelEnv
 from pettingzoo.utils import BaseParallelWrapper
 
@@ -465,15 +465,10 @@ def test_hdf5_that_does_not_fit(change, match, hopper, tmp_path):
 
 def test_robots_that_cannot_be_split(hopper, tmp_path):
     columns = d4rl(hopper)
-    columns["observations"] = np.zeros((len(columns["actions"]), 10))
-    refused(
-        "cannot split a whole robot of Reacher",
-        import_to,
-        tmp_path,
-        "hdf5",
-        to_hdf5(tmp_path / "a", columns),
-        "Reacher",
-    )
+    for scenario, width in (("Reacher", 10), ("ManySegmentAnt", 311)):  # without a mapping; with a wrong one
+        columns["observations"] = np.zeros((len(columns["actions"]), width))
+        path = to_hdf5(tmp_path / "a", columns)
+        refused(f"cannot split a whole robot of {scenario}", import_to, tmp_path, "hdf5", path, scenario)
     refused("simple_tag needs those of each agent", import_to, tmp_path, "hdf5", tmp_path / "a", "simple_tag")
     refused(
         "--agents 0 1 2: the .* whole robot",
@@ -881,7 +876,7 @@ def test_environments_of_another_shape_are_refused(tmp_path):
             "HalfCheetah",
             r"agent_0: has actions in Discrete\(5\), HalfCheetah in Box\(-1, 1, \(3,\)\)",
         ),
-        (simple_spread_v3.parallel_env(continuous_actions=True), "simple_spread", "pass `store`"),
+        (simple_spread.parallel_env(continuous_actions=True), "simple_spread", "pass `store`"),
         (Pair(), "nowhere", "--scenario nowhere: unknown"),
     ):
         refused(match, Recorder, env, scenario, "random", tmp_path)
@@ -889,7 +884,7 @@ def test_environments_of_another_shape_are_refused(tmp_path):
 
 
 def test_what_is_stored_of_an_action_can_be_made_of_it(tmp_path):
-    env = simple_spread_v3.parallel_env(continuous_actions=True, max_cycles=25)
+    env = simple_spread.parallel_env(continuous_actions=True, max_cycles=25)
     forces = {f"agent_{i}": np.array([0, 0.25, 0.75, 0.5, 0.125 * i], np.float32) for i in range(3)}
     metadata = record(
         env, lambda _: forces, 50, "simple_spread", "random", data_dir=tmp_path, store=lambda a: a[[2, 4]] - a[[1, 3]]

@@ -104,8 +104,12 @@ class Team:
         split = robot.map_global_state_to_local_observations if obs else robot.map_global_action_to_local_actions
         try:
             parts = split(np.arange(width))
-        except AssertionError:
-            raise UserError(f"{what}: the library cannot split a whole robot of {self.task}") from None
+            seen = robot.reset(seed=0)[0]  # the library mixes up entries of ManySegmentAnt
+            right = not obs or all(np.allclose(robot.state()[parts[agent]], seen[agent]) for agent in seen)
+        except AssertionError:  # it has no mapping
+            right = False
+        if not right:
+            raise UserError(f"{what}: the library cannot split a whole robot of {self.task}; bring those of each agent")
         self.notes[f"{what} of the whole robot are split among {len(parts)} agents"] = None
         bound = CLIPPED.get(self.task.partition("-")[0])
         if obs and bound and (share := (np.abs(values) == bound).mean()):
