@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mamujoco_env
 import particle_env
-from utils.arrays import damaged, load_array, read_metadata
+from utils.arrays import damaged, has_array, load_array, read_metadata
 from utils.options import DatasetName
 from utils.program import UserError
 
@@ -114,18 +114,20 @@ def load_dataset(path: Path, env) -> Dataset:
     Raises:
         UserError: a file is missing, damaged, of a shape that does not fit the others or the scenario, or not finite.
     """
-    n, metadata = env.num_agents, read_metadata(path)
-    widths = {"obs": env.obs_size, "acs": env.action_size, "rews": 1, "next_obs": env.obs_size, "dones": 1}
+    n, own, one = env.num_agents, env.obs_sizes, env.num_agents * (1,)
+    metadata = read_metadata(path)
+    widths = {"obs": own, "acs": n * (env.action_size,), "rews": one, "next_obs": own, "dones": one}
+    widths |= {"timeouts": one} if has_array(path, "timeouts", metadata) else {}  # where episodes were cut short
     arrays = {}
     for name, width in widths.items():
-        columns = [load_array(path / f"{name}_{agent}.npy", width, metadata) for agent in range(n)]
+        columns = [load_array(path / f"{name}_{i}.npy", max(width), metadata, width[i]) for i in range(n)]
         rows = len(arrays["obs"][0]) if arrays else len(columns[0])
         for agent, column in enumerate(columns):
             if len(column) != rows:
                 raise damaged(path, f"{path}: {name}_{agent}.npy has {len(column)} rows, obs_0.npy {rows}")
         arrays[name] = torch.stack(columns)
     done, reward = arrays["dones"][..., 0], arrays["rews"][..., 0]
-    ended = done.amax(0) > 0  # [T]
+    ended = sum(arrays[name][..., 0].amax(0) for name in ("dones", "timeouts") if name in arrays) > 0  # [T]
     lengths = episode_lengths(ended, env.episode_steps)
     if not len(ended) or (lengths[-1] != env.episode_steps and not ended[-1]):
         raise damaged(path, f"{path}: {len(ended)} rows are no whole number of {env.episode_steps}-step episodes")

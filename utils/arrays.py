@@ -14,9 +14,10 @@ from utils.program import UserError
 
 
 def damaged(folder: Path, problem: str) -> UserError:
-    """The error that a dataset is damaged; only one that collect_datasets.py made can be deleted and made again."""
+    """The error that a dataset is damaged; only one that a program here has written can be deleted and made again."""
     if (folder / "metadata.json").exists():
-        return UserError(f"{problem}; the dataset is damaged; delete its folder and run collect_datasets.py again")
+        again = "delete its folder and make it again (collect_datasets.py, import_dataset.py or your recording)"
+        return UserError(f"{problem}; the dataset is damaged; {again}")
     return UserError(f"{problem}; mend the files or copy them again (docs/datasets.md has the layout)")
 
 
@@ -41,8 +42,17 @@ def read_metadata(path: Path) -> dict:
     return metadata
 
 
-def load_array(file: Path, width: int, metadata: dict) -> Tensor:
-    """One array of a dataset as float32 [T, width]. Raises UserError if it is not that."""
+def has_array(path: Path, name: str, metadata: dict) -> bool:
+    """Whether a dataset has the optional array `name`, also where its file was lost but metadata.json lists it."""
+    return (path / f"{name}_0.npy").exists() or f"{name}_0.npy" in metadata.get("checksums", {})
+
+
+def load_array(file: Path, width: int, metadata: dict, own: int) -> Tensor:
+    """One array of a dataset as float32 [T, width]. Raises UserError if it is not that.
+
+    Args:
+        own: width of this agent's part, at most `width`; the columns after it are zeros. The file may leave them out.
+    """
     if not file.is_file():
         raise damaged(file.parent, f"{file}: missing")
     if metadata and file_checksum(file) != metadata["checksums"].get(file.name):
@@ -54,8 +64,13 @@ def load_array(file: Path, width: int, metadata: dict) -> Tensor:
     if array.dtype.kind not in "biuf":
         raise damaged(file.parent, f"{file}: holds {array.dtype}, not numbers")
     array = array[:, None] if array.ndim == 1 and width == 1 else array
-    if array.ndim != 2 or array.shape[1] != width:
-        raise UserError(f"{file}: has shape {array.shape}, expected [T, {width}]; is it another scenario's?")
+    if array.ndim != 2 or array.shape[1] not in (own, width):
+        padded = f" or, padded with zeros, [T, {width}]" if own < width else ""
+        raise UserError(f"{file}: has shape {array.shape}, expected [T, {own}]{padded}; is it another scenario's?")
+    if array[:, own:].any():
+        raise UserError(f"{file}: columns {own} to {width - 1} must be zero, as this agent sees {own} numbers")
+    if array.shape[1] < width:
+        array = np.pad(array, ((0, 0), (0, width - array.shape[1])))
     with np.errstate(over="ignore"):  # an infinity is noticed below
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
     if not tensor.isfinite().all():

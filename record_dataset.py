@@ -1,0 +1,176 @@
+"""Record a dataset from a PettingZoo ParallelEnv: ours, MAMuJoCo's, MPE2's or another one.
+
+    from particle_env import parallel_env
+    from record_dataset import record
+
+    env = parallel_env("simple_spread")
+    policy = lambda observations: {agent: env.action_space(agent).sample() for agent in observations}
+    record(env, policy, num_transitions=10_000, scenario="simple_spread", dataset="random", data_dir="my_data")
+
+`record` steps the environment. Where a program of yours does that, wrap the environment; leaving the context writes:
+
+    with Recorder(env, "simple_spread", "medium-replay", data_dir="my_data") as env:
+        ...  # env.reset() and env.step(actions) as ever
+
+Then `python dom2_mpe.py --scenario simple_spread --dataset random --data-dir my_data` learns from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from gymnasium.spaces import Box
+from pettingzoo.utils import BaseParallelWrapper
+
+import common
+from utils.episodes import Team, dataset_folder, write_dataset
+from utils.program import UserError
+
+
+class Recorder(BaseParallelWrapper):
+    """A ParallelEnv whose episodes become a dataset when `save` is called or the context ends without an error.
+
+    An episode that `reset` or `save` interrupts is stored as one that was cut short.
+
+    Args:
+        env: a ParallelEnv. Its agents are found by the scenario's names.
+        scenario: the task, as `common.make_env` takes it: "simple_tag", "HalfCheetah", "Hopper-3x1-obsk1".
+        dataset, data_dir, seed, overwrite: as in import_dataset.py.
+        agents: names of the environment's agents to record, in the scenario's order, where they are not the same. The
+            prey of predator-prey and World has a name of its own and is not recorded.
+        store: what to store of an agent's action, where it is not the action itself; e.g. for MPE2's five forces
+            `lambda a: a[[2, 4]] - a[[1, 3]]`.
+
+    Raises:
+        UserError: agents, observations or actions do not fit the scenario, or the dataset exists.
+    """
+
+    def __init__(
+        self,
+        env,
+        scenario: str,
+        dataset: str,
+        data_dir="my_data",
+        seed: int = 0,
+        agents: tuple[str, ...] = (),
+        overwrite: bool = False,
+        store: Callable | None = None,
+    ):
+        super().__init__(env)
+        if dataset not in common.DATASETS:
+            raise UserError(f"dataset {dataset}: unknown; choose one of {', '.join(common.DATASETS)}")
+        self.team, self.dataset, self.overwrite, self.store = Team(scenario, agents), dataset, overwrite, store
+        self.path = dataset_folder(data_dir, scenario, dataset, seed, overwrite)
+        self.recorded = self.team.chosen(list(env.possible_agents))
+        team = self.team.env
+        for name, size in zip(self.recorded, team.obs_sizes, strict=True):
+            space, action_space = env.observation_space(name), env.action_space(name)
+            if space.shape != (size,):
+                raise UserError(
+                    f"{name}: has observations of shape {space.shape}, {scenario} has ({size},) (of a robot, with "
+                    "global_categories=() and its partition)"
+                )
+            if store is None and (not isinstance(action_space, Box) or action_space.shape != (team.action_size,)):
+                raise UserError(
+                    f"{name}: has actions in {action_space}, {scenario} in Box(-1, 1, ({team.action_size},)); pass "
+                    "`store`, a function that makes such an action of them"
+                )
+        self.episodes, self.num_transitions, self._obs = [], 0, []
+        self._begin(None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self.save()
+
+    def _begin(self, observations: dict | None) -> None:
+        """Start an episode with its first observations; None: wait for `reset`."""
+        self._actions, self._rewards, self.running = [], [], observations is not None
+        self._obs = [self._named(observations)] if self.running else []
+
+    def _named(self, values: dict) -> list[np.ndarray]:
+        """The recorded agents' observations as float32 copies, as an environment may write into its arrays again."""
+        missing = [name for name in self.recorded if name not in values]
+        if missing:
+            raise UserError(f"observations of {', '.join(values)}: expected {', '.join(self.recorded)}")
+        return [np.array(values[name], np.float32) for name in self.recorded]
+
+    def reset(self, seed=None, options=None):
+        self._end(terminated=False)
+        observations, infos = self.env.reset(seed=seed, options=options)
+        self._begin(observations)
+        return observations, infos
+
+    def step(self, actions):
+        """Step the environment.
+
+        Raises:
+            UserError: an agent has no action or one outside its Box; or some agents end before the others.
+        """
+        if not self.running:
+            raise UserError("no episode is running: call reset() first")
+        stored = [self._checked(name, actions) for name in self.recorded]
+        observations, rewards, terminations, truncations, _ = result = self.env.step(actions)
+        self._actions.append(stored)
+        self._rewards.append([float(rewards[name]) for name in self.recorded])
+        self.num_transitions += 1
+        ended = [bool(terminations[name] or truncations[name]) for name in self.recorded]
+        if any(ended) and not all(ended):
+            names = [name for name, end in zip(self.recorded, ended, strict=True) if end]
+            raise UserError(f"{', '.join(names)}: ended before the others; the layout holds teams that end together")
+        if not all(ended) or all(name in observations for name in self.recorded):  # some vanish from the last ones
+            self._obs.append(self._named(observations))
+        if all(ended):
+            self._end(any(terminations[name] for name in self.recorded))
+        return result
+
+    def _checked(self, name: str, actions: dict) -> np.ndarray:
+        """What to store of an agent's action, float32 [A]."""
+        if name not in actions:
+            raise UserError(f"actions of {', '.join(actions)}: {name} has none")
+        space, action = self.env.action_space(name), np.asarray(actions[name])
+        if isinstance(space, Box):
+            inside = action.shape == space.shape and (action >= space.low - 1e-4) & (action <= space.high + 1e-4)
+            if not np.all(inside):
+                raise UserError(f"action of {name}: {action.tolist()} is not in its {space}; clip it")
+        return np.array(action if self.store is None else self.store(actions[name]), np.float32)
+
+    def _end(self, terminated: bool) -> None:
+        """Keep the episode that was running, if it has a transition."""
+        if self._actions:
+            obs, actions = ([np.stack(x) for x in zip(*steps, strict=True)] for steps in (self._obs, self._actions))
+            rewards = [np.array(x, np.float32) for x in zip(*self._rewards, strict=True)]
+            team, names = self.team, self.recorded
+            obs = team.arrays(dict(zip(names, obs, strict=True)), "observations")
+            actions = team.arrays(dict(zip(names, actions, strict=True)), "actions")
+            self.episodes.append(team.episode(obs, actions, rewards, terminated))
+        self._begin(None)
+
+    def save(self) -> dict:
+        """Write what was recorded so far, in place of an earlier `save`, and print what it is. Returns the metadata."""
+        self._end(terminated=False)
+        source = {"environment": str(self.env), "agents": self.recorded}
+        metadata = write_dataset(self.episodes, self.team, self.dataset, self.path, self.overwrite, source)
+        self.overwrite = True
+        return metadata
+
+
+def record(env, policy: Callable, num_transitions: int, scenario: str, dataset: str, seed: int = 0, **options) -> dict:
+    """Record whole episodes until there are `num_transitions`, two at least. Returns the metadata.
+
+    Args:
+        policy: observations -> actions, dicts by agent name; of all agents, also those that are not recorded.
+        seed: of the environment's first reset, and the version that is written. options: as in `Recorder`.
+    """
+    if num_transitions < 1:
+        raise UserError(f"num_transitions {num_transitions}: must be at least 1")
+    recorder = Recorder(env, scenario, dataset, seed=seed, **options)
+    observations, _ = recorder.reset(seed=seed)
+    while recorder.running or recorder.num_transitions < num_transitions or len(recorder.episodes) < 2:
+        if not recorder.running:
+            observations, _ = recorder.reset()
+        observations, *_ = recorder.step(policy(observations))
+    return recorder.save()
