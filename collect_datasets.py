@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import common
 from common import DATASETS
+from own_env import is_own
 from particle_env import SCENARIOS, ParticleEnv
 from utils.arrays import file_checksum
 from utils.frozen import load_behaviour, policy_action, policy_checksum
@@ -320,6 +321,8 @@ def collect(
         UserError: it exists and `overwrite` is off, behaviour policies are missing, or the disk refuses.
     """
     path = common.dataset_path(data_dir, task, dataset)
+    if is_own(task):
+        raise UserError(f"--scenario {task}: of your own; docs/own-environment.md shows how to record it")
     env, target = common.make_env(task), path.parent
     if dataset not in DATASETS:
         raise UserError(f"--dataset {dataset}: unknown; choose one of {', '.join(DATASETS)}")
