@@ -33,9 +33,6 @@ def task_name(args) -> str:
     """Name of the environment that the options select: the scenario or, for MuJoCo, robot and joint partition."""
     if args.scenario in mamujoco_env.SCENARIOS:
         return mamujoco_env.task_name(args.scenario, args.agent_conf, args.agent_obsk)
-    for name in ("agent_conf", "agent_obsk"):
-        if getattr(args, name, None):
-            raise UserError(f"--{name.replace('_', '-')}: {args.scenario} has no joints to share out; leave it out")
     return args.scenario
 
 

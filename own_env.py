@@ -47,19 +47,30 @@ def middle_and_half(box: Box) -> tuple[np.ndarray, np.ndarray]:
     return (low + high) / 2, (high - low) / 2
 
 
+def checked(box: Box, action) -> np.ndarray:
+    action = np.asarray(action, np.float64)
+    if action.shape[-1:] != box.shape or not np.isfinite(action).all():
+        raise ValueError(f"actions of shape {action.shape}: expected finite numbers [..., {box.shape[0]}] for {box}")
+    return action
+
+
 def from_unit(box: Box, action) -> np.ndarray:
     """Actions in [-1, 1] as an environment's Box takes them, [..., A]: -1 becomes box.low and 1 becomes box.high.
 
     With Box(-1, 1) nothing changes. What lies beyond [-1, 1] becomes the nearest bound.
+
+    Raises:
+        ValueError: the actions have another size than the Box, or are not finite.
+        UserError: the Box has no finite width.
     """
     middle, half = middle_and_half(box)
-    return np.clip(middle + half * np.asarray(action, np.float64), box.low, box.high).astype(box.dtype)
+    return np.clip(middle + half * checked(box, action), box.low, box.high).astype(box.dtype)
 
 
 def to_unit(box: Box, action) -> np.ndarray:
-    """The inverse of `from_unit`, float32 [..., A]: what a dataset on disk holds. Nothing is clipped."""
+    """The inverse of `from_unit`, float32 [..., A]: what a dataset on disk holds. Nothing is clipped. Same errors."""
     middle, half = middle_and_half(box)
-    return ((np.asarray(action, np.float64) - middle) / half).astype(np.float32)
+    return ((checked(box, action) - middle) / half).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -152,6 +163,7 @@ class OwnEnv:
 
     Raises:
         UserError: the function or its environment does not fit, or what the environment does later does not.
+        ValueError: `num_envs` is less than 1.
     """
 
     state = None  # what a single agent would see: nobody needs it
@@ -159,6 +171,8 @@ class OwnEnv:
     def __init__(self, task, num_envs=1, shift=None, device="cpu", seed=0, render_mode=None):
         if shift not in (None, "none"):
             raise UserError(f"--shift {shift}: {task} is an environment of your own and has no shifts; give none")
+        if num_envs < 1:
+            raise ValueError(f"num_envs {num_envs}: must be at least 1")
         function, options = load_function(task), {}
         with users_code(task, "the function"):
             if render_mode is not None and "render_mode" in inspect.signature(function).parameters:
@@ -247,7 +261,14 @@ class OwnEnv:
 
         Returns:
             obs [E, n, d], rewards [E, n], terminated [E]: where all agents terminated, which no time limit does.
+
+        Raises:
+            ValueError: the actions have another shape or are not finite.
+            UserError: the environment does not keep the rules of docs/own-environment.md.
         """
+        shape = (self.num_envs, self.num_agents, self.action_size)
+        if tuple(actions.shape) != shape:
+            raise ValueError(f"the array of actions has shape {tuple(actions.shape)}, expected {shape}")
         actions = actions.detach().cpu().numpy()
         actions = {name: from_unit(box, actions[:, agent]) for agent, (name, box) in enumerate(self.boxes.items())}
         rewards = np.zeros((self.num_envs, self.num_agents), np.float32)

@@ -107,6 +107,9 @@ class Run:
     def __init__(self, args, algorithm: Algorithm):
         self.started, self.algorithm, self.args, self.checkpoint = time.time(), algorithm, args, None
         self.task = common.task_name(args)
+        for name in ("agent_conf", "agent_obsk"):
+            if getattr(args, name, None) and (is_own(args.scenario) or args.scenario in SCENARIOS):
+                raise UserError(f"--{name.replace('_', '-')}: {args.scenario} has no joints to share out; leave it out")
         if args.resume and args.eval_only:
             raise UserError(f"--eval-only {args.eval_only}: cannot be combined with --resume; give one of them")
         if args.resume or args.eval_only:

@@ -210,6 +210,23 @@ def test_actions_are_scaled_to_the_box(box, toys):
             assert action.dtype == np.float32 and action.tolist() == [0, 0.5, 1]
 
 
+def test_actions_of_another_shape_or_not_finite(toys):
+    toys(make=Toy)
+    env, box = OwnEnv("toys:make", 4), Box(0, 1, (3,))
+    env.reset()
+    for shape in ((4, 2, 1), (4, 2), (1, 2, 3), (4, 3, 2)):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}, expected \(4, 2, 3\)"):
+            env.step(torch.zeros(shape))
+    with pytest.raises(ValueError, match="finite"):
+        env.step(torch.full((4, 2, 3), torch.nan))
+    for convert in (from_unit, to_unit):
+        for action in (0.5, np.zeros(1), np.zeros((3, 2)), [0, 0, np.inf]):
+            with pytest.raises(ValueError, match=r"expected finite numbers \[..., 3\]"):
+                convert(box, action)
+    with pytest.raises(ValueError, match="num_envs 0"):
+        OwnEnv("toys:make", 0)
+
+
 def test_actions_in_our_box_stay_bit_for_bit():
     box, action = Box(-1, 1, (4,)), np.array([-1, 1e-30, 0.1, 1], np.float32)
     for convert in (from_unit, to_unit):
