@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 import common
 from common import DATASETS
+from own_env import is_own
 from particle_env import SCENARIOS, ParticleEnv
 from utils.arrays import file_checksum
 from utils.frozen import load_behaviour, policy_action, policy_checksum
@@ -322,6 +323,8 @@ def collect(
     Raises:
         UserError: it exists and `overwrite` is off, behaviour policies are missing, or the disk refuses.
     """
+    if is_own(task):
+        raise UserError(f"--scenario {task}: of your own; docs/own-environment.md shows how to record it")
     target, env = common.dataset_path(data_dir, task, dataset, seed), common.make_env(task)
     if dataset not in DATASETS:
         raise UserError(f"--dataset {dataset}: unknown; choose one of {', '.join(DATASETS)}")

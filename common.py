@@ -12,6 +12,7 @@ from torch import Tensor
 
 import mamujoco_env
 import particle_env
+from own_env import OwnEnv, is_own
 from utils.arrays import damaged, has_array, load_array, read_metadata
 from utils.options import DatasetName
 from utils.program import UserError
@@ -30,17 +31,19 @@ NORMALISATION = {
 
 def task_name(args) -> str:
     """Name of the environment that the options select: the scenario or, for MuJoCo, robot and joint partition."""
-    if args.scenario in particle_env.SCENARIOS:
-        return args.scenario
-    return mamujoco_env.task_name(args.scenario, args.agent_conf, args.agent_obsk)
+    if args.scenario in mamujoco_env.SCENARIOS:
+        return mamujoco_env.task_name(args.scenario, args.agent_conf, args.agent_obsk)
+    return args.scenario
 
 
 def make_env(task: str, num_envs: int = 1, shift: str = "none", device="cpu", seed=0, prey=None, render_mode=None):
-    """`num_envs` environments: a TeamEnv (its docstring explains `prey`) or a MujocoEnv. Both have one interface.
+    """`num_envs` environments: a TeamEnv (its docstring explains `prey`), MujocoEnv or OwnEnv, of one interface.
 
     Raises:
         UserError: there is no such scenario, partition or shift.
     """
+    if is_own(task):
+        return OwnEnv(task, num_envs, shift, device, seed, render_mode)
     scenarios = (*particle_env.SCENARIOS, *mamujoco_env.SCENARIOS)
     if task.partition("-")[0] not in scenarios:
         raise UserError(f"--scenario {task}: unknown; choose one of {', '.join(scenarios)}")
@@ -101,8 +104,8 @@ def rows_of(starts: Tensor, lengths: Tensor) -> Tensor:
 
 
 def dataset_path(data_dir: str | Path, task: str, dataset: str, seed: int = 0) -> Path:
-    """Folder of the arrays of one version, in the layout of the OMAR datasets."""
-    return Path(data_dir) / task / dataset / f"seed_{seed}_data"
+    """Folder of a version's arrays, in the layout of the OMAR datasets; module.function for a task module:function."""
+    return Path(data_dir) / task.replace(":", ".") / dataset / f"seed_{seed}_data"
 
 
 def load_dataset(path: Path, env) -> Dataset:
@@ -141,11 +144,8 @@ def load_dataset(path: Path, env) -> Dataset:
 
 def episode_lengths(ended: Tensor, episode_steps: int) -> Tensor:
     """Lengths of the episodes, [episodes]. One ends where `ended` [T] is true, or after `episode_steps` rows."""
-    ends = (ended.nonzero()[:, 0] + 1).tolist()
-    if not ends or ends[-1] < len(ended):
-        ends.append(len(ended))
-    lengths = []
-    for start, end in pairwise([0, *ends]):
+    lengths, ends = [], (ended.nonzero()[:, 0] + 1).tolist()
+    for start, end in pairwise([0, *ends, len(ended)]):
         whole, rest = divmod(end - start, episode_steps)
         lengths += [episode_steps] * whole + [rest] * (rest > 0)
     return torch.tensor(lengths)

@@ -40,7 +40,7 @@ from mamujoco_env import SCENARIOS
 from run import Algorithm, Run, parse
 from utils import options
 from utils.data import draw, load_data
-from utils.options import Count, DatasetName, Discount, Natural, Share, Weight, Widths
+from utils.options import Count, DatasetName, Discount, Natural, Share, Weight, Widths, scenario_of
 from utils.policies import TrainedPolicy
 from utils.program import UserError, program
 
@@ -51,8 +51,8 @@ class DataArgs(options.DataArgs):
 
     dataset: DatasetName = "medium-replay"
     """quality of the dataset"""
-    scenario: Literal[tuple(SCENARIOS)] = "HalfCheetah"
-    """the MuJoCo task"""
+    scenario: scenario_of(*SCENARIOS) = "HalfCheetah"
+    """the MuJoCo task (docs/environments.md), or module:function, an environment of your own"""
     agent_conf: str | None = None
     """partition of its joints among agents, such as 6x1; default: two agents (Hopper 3, ManySegmentSwimmer 10)"""
     agent_obsk: Natural = 0

@@ -37,7 +37,7 @@ from common import Dataset
 from run import Algorithm, Run, parse
 from utils import options
 from utils.data import draw, load_data
-from utils.options import Count, Discount, Share, Weight, Widths
+from utils.options import Count, Discount, Share, Weight, Widths, scenario_of
 from utils.policies import TrainedPolicy
 from utils.program import UserError, program
 
@@ -46,8 +46,8 @@ from utils.program import UserError, program
 class DataArgs(options.DataArgs):
     """What to learn from."""
 
-    scenario: Literal["simple_spread", "simple_tag", "simple_world", "landmarks6"] = "simple_tag"
-    """cooperative navigation, predator-prey, World, or the six landmarks of Figure 1"""
+    scenario: scenario_of("simple_spread", "simple_tag", "simple_world", "landmarks6") = "simple_tag"
+    """simple_spread, simple_tag, simple_world, landmarks6, or module:function, an environment of your own"""
     prey: str | None = None
     """file of the frozen prey with which the simple_tag and simple_world data were made; default: in pretrained/"""
 

@@ -230,7 +230,8 @@ class MujocoEnv:
             with quiet():
                 return self.robots[i].render()
         except Exception as error:  # MuJoCo raises whatever the missing library makes of it
-            raise RuntimeError(f"no off-screen renderer ({type(error).__name__}: {error})") from None
+            remedy = "install EGL or OSMesa and set MUJOCO_GL=egl or osmesa"
+            raise RuntimeError(f"no off-screen renderer ({type(error).__name__}: {error}); {remedy}") from None
 
     def random_state(self) -> str:
         """State of all random generators, for `set_random_state`."""

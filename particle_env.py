@@ -15,7 +15,7 @@ the number of agents, m the number of landmark-like entities (landmarks, obstacl
 units (the arena is about [-1, 1]^2, nothing stops an agent at its edge), velocities world units per unit time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -113,6 +113,26 @@ SCENARIOS = {
 }
 
 
+def scenario_spec(scenario: str, num_agents: int | None = None) -> Scenario:
+    """The constants of a scenario; of simple_spread also with other than three agents, and as many landmarks.
+
+    Raises:
+        ValueError: unknown scenario, fewer agents than one, or another scenario with a number of agents.
+    """
+    if scenario not in SCENARIOS:
+        raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
+    spec, n = SCENARIOS[scenario], num_agents
+    if n is None:
+        return spec
+    if scenario != "simple_spread":
+        raise ValueError(f"num_agents {n}: {scenario} has its own number of agents, only simple_spread takes others")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"num_agents {n!r}: must be a whole number of at least 1")
+    names = tuple(f"agent_{i}" for i in range(n))
+    sized = ("agent_size", "gain", "max_speed", "landmarks", "landmark_size")
+    return replace(spec, agents=names, num_controlled=n, **{name: getattr(spec, name)[:1] * n for name in sized})
+
+
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distance over the last axis, [..., 2] -> [...]."""
     return (a - b).square().sum(-1).sqrt()
@@ -137,18 +157,17 @@ class ParticleEnv:
             three landmarks vanish, and their places in the observation repeat landmarks that remain.
         device, dtype: where and in what precision the worlds live.
         seed: seeds this object's own random generator; all randomness is in `reset`.
+        num_agents: of simple_spread, and its number of landmarks; None: three.
 
     Raises:
-        ValueError: unknown scenario or shift.
+        ValueError: unknown scenario or shift, or `num_agents` does not fit.
     """
 
-    def __init__(self, scenario, num_envs, shift=None, device="cpu", dtype=torch.float32, seed=0):
-        if scenario not in SCENARIOS:
-            raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
-        shifts = SCENARIOS[scenario].shifts
+    def __init__(self, scenario, num_envs, shift=None, device="cpu", dtype=torch.float32, seed=0, num_agents=None):
+        self.scenario, self.spec, self.num_envs = scenario, scenario_spec(scenario, num_agents), num_envs
+        shifts = self.spec.shifts
         if shift not in (None, "none", *shifts):
             raise ValueError(f"unknown shift {shift!r} of {scenario}: choose {' or '.join(shifts)} or none")
-        self.scenario, self.spec, self.num_envs = scenario, SCENARIOS[scenario], num_envs
         self.shift, self.device, self.dtype = shift, torch.device(device), dtype
         self.generator = torch.Generator(self.device).manual_seed(seed)
         spec = self.spec
@@ -164,7 +183,8 @@ class ParticleEnv:
         solid_size = torch.cat([self.agent_size, self.landmark_size[:solid]])  # [n + s]
         self._contact_distance = self.agent_size[:, None] + solid_size  # [n, n + s]
         self._contact_distance[torch.arange(n), torch.arange(n)] = -INF  # nobody collides with itself
-        self._others = torch.tensor([[j for j in range(n) if j != i] for i in range(n)], device=self.device)
+        others = [[j for j in range(n) if j != i] for i in range(n)]
+        self._others = torch.tensor(others, dtype=torch.long, device=self.device)  # [n, n - 1]
         self.obs_sizes = tuple(4 + 2 * m + 2 * (n - 1) + extra for extra in self._extra_sizes())
         self.agent_pos = torch.zeros(num_envs, n, 2, device=self.device, dtype=dtype)
         self.agent_vel = torch.zeros_like(self.agent_pos)
@@ -174,7 +194,7 @@ class ParticleEnv:
     def _extra_sizes(self):
         """Observation entries beyond velocity, position and relative positions, per agent."""
         if self.num_agents == self.spec.num_controlled:
-            return (4, 4, 4)  # the two silent others' messages
+            return (2 * (self.num_agents - 1),) * self.num_agents  # the silent others' messages
         forests = self.spec.landmarks.count("forest")
         return (2 + forests,) * 3 + (forests,)  # predators also see the prey's velocity
 
@@ -245,7 +265,7 @@ class ParticleEnv:
         others = (pos[:, self._others] - pos[:, :, None]).flatten(2)  # [E, n, 2 (n - 1)]
         parts = [vel, pos, landmarks, others]
         if n == self.spec.num_controlled:
-            obs = torch.cat([*parts, pos.new_zeros(E, n, 4)], -1)
+            obs = torch.cat([*parts, pos.new_zeros(E, n, 2 * (n - 1))], -1)
             return list(obs.unbind(1))
         parts.append(vel[:, -1:].expand(E, n, 2))  # the prey's velocity
         forest = [i for i, kind in enumerate(self.spec.landmarks) if kind == "forest"]
@@ -302,8 +322,9 @@ class TeamEnv:
 
     action_size, episode_steps, state = 2, EPISODE_STEPS, None
 
-    def __init__(self, scenario, num_envs, shift=None, device="cpu", seed=0, prey=None):
-        self.world, self.prey = ParticleEnv(scenario, num_envs, shift, device, seed=seed), prey
+    def __init__(self, scenario, num_envs, shift=None, device="cpu", seed=0, prey=None, num_agents=None):
+        self.world = ParticleEnv(scenario, num_envs, shift, device, seed=seed, num_agents=num_agents)
+        self.prey = prey
         spec = self.world.spec
         self.num_envs, self.num_agents = num_envs, spec.num_controlled
         self.obs_sizes = self.world.obs_sizes[: self.num_agents]
@@ -373,17 +394,17 @@ class ParticleParallelEnv(ParallelEnv):
     float32. No agent ever terminates: all are truncated together after EPISODE_STEPS steps.
 
     Args:
-        scenario, shift: as in ParticleEnv.
+        scenario, shift, num_agents: as in ParticleEnv.
         render_mode: None, or "rgb_array" for `render()` to return an image.
 
     Raises:
-        ValueError: unknown scenario, shift or render mode.
+        ValueError: unknown scenario, shift or render mode, or `num_agents` does not fit.
     """
 
-    def __init__(self, scenario, shift=None, render_mode=None):
+    def __init__(self, scenario, shift=None, render_mode=None, num_agents=None):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"unknown render mode {render_mode!r}: choose 'rgb_array' or None")
-        self.world = ParticleEnv(scenario, num_envs=1, shift=shift)
+        self.world = ParticleEnv(scenario, num_envs=1, shift=shift, num_agents=num_agents)
         self.world.generator.seed()  # every object its own episodes, until `reset` is given a seed
         self.render_mode = render_mode
         self.metadata = {

@@ -24,6 +24,7 @@ from gymnasium.spaces import Box
 from pettingzoo.utils import BaseParallelWrapper
 
 import common
+from own_env import is_own, to_unit
 from utils.episodes import Team, dataset_folder, write_dataset
 from utils.program import UserError
 
@@ -136,7 +137,9 @@ class Recorder(BaseParallelWrapper):
             inside = action.shape == space.shape and (action >= space.low - 1e-4) & (action <= space.high + 1e-4)
             if not np.all(inside):
                 raise UserError(f"action of {name}: {action.tolist()} is not in its {space}; clip it")
-        return np.array(action if self.store is None else self.store(actions[name]), np.float32)
+        if self.store is not None:
+            return np.array(self.store(actions[name]), np.float32)
+        return to_unit(space, action) if is_own(self.team.task) else np.array(action, np.float32)
 
     def _end(self, terminated: bool) -> None:
         """Keep the episode that was running, if it has a transition."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
+from own_env import OWN, is_own
 from particle_env import SCENARIOS, ParticleEnv
 from utils import evaluation
 from utils.checkpoints import finite_state, load_checkpoint, locked, new_run_dir, restore
@@ -52,7 +53,9 @@ class Algorithm(NamedTuple):
     def args(self, scenario: str | None = None, dataset: str | None = None, **options):
         """The options of a run: the defaults, the dataset's settings, and what is given here."""
         scenario, dataset = scenario or self.Args.scenario, dataset or self.Args.dataset
-        values = self.settings.get((scenario, dataset), {}) | options
+        own = is_own(scenario)
+        values = dict(shift=("none",), eval_episodes=100) if own else {}
+        values |= self.settings.get((OWN if own else scenario, dataset), {}) | options
         return self.Args(scenario=scenario, dataset=dataset, **values)
 
 
@@ -104,6 +107,9 @@ class Run:
     def __init__(self, args, algorithm: Algorithm):
         self.started, self.algorithm, self.args, self.checkpoint = time.time(), algorithm, args, None
         self.task = common.task_name(args)
+        for name in ("agent_conf", "agent_obsk"):
+            if getattr(args, name, None) and (is_own(args.scenario) or args.scenario in SCENARIOS):
+                raise UserError(f"--{name.replace('_', '-')}: {args.scenario} has no joints to share out; leave it out")
         if args.resume and args.eval_only:
             raise UserError(f"--eval-only {args.eval_only}: cannot be combined with --resume; give one of them")
         if args.resume or args.eval_only:

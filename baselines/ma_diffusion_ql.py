@@ -64,7 +64,7 @@ def dom2_settings() -> dict:
     """{scenario: {dataset: options}}: how DOM2 learns there, without what makes it DOM2."""
     names = [field.name for group in (dom2_mpe.TrainingArgs, dom2_mpe.NetworkArgs) for field in fields(group)]
     rows = {}
-    for algorithm, scenarios in ((DOM2, shared.SCENARIOS), (dom2_mamujoco.DOM2, ("HalfCheetah",))):
+    for algorithm, scenarios in ((DOM2, (*shared.SCENARIOS, shared.OWN)), (dom2_mamujoco.DOM2, ("HalfCheetah",))):
         for scenario in scenarios:
             dom2 = {dataset: asdict(algorithm.args(scenario, dataset)) for dataset in shared.DATASETS}
             rows[scenario] = {

@@ -38,23 +38,22 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 from baselines import shared
-from baselines.shared import MLP, SCENARIOS, options, settings_table
+from baselines.shared import MLP, OWN, SCENARIOS, options, settings_table
 from dom2_mpe import (
     NOISE_NETS,
     Algorithm,
     DiffusionPolicy,
     NoiseSchedule,
-    UserError,
     adam,
     diffusion_loss,
     draw,
     gradient_step,
     parse,
-    program,
     q_of_candidates,
     soft_update,
     train,
 )
+from utils.program import UserError, program
 
 
 @dataclass
@@ -119,7 +118,7 @@ class Args(shared.DataArgs, TrainingArgs, NetworkArgs, EvaluationArgs, options.R
 SETTINGS = settings_table(
     particles=dict(updates=4_000, gamma=0.95, reward_scale=0.2, batch_size=256, eval_interval=2_000),
     mujoco=dict(updates=10_000, gamma=0.99, reward_scale=0.05, batch_size=256),
-    rows={scenario: {"random": dict(eval_alpha=100.0)} for scenario in (*SCENARIOS, "HalfCheetah")},
+    rows={scenario: {"random": dict(eval_alpha=100.0)} for scenario in (*SCENARIOS, OWN, "HalfCheetah")},
 )
 
 

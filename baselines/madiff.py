@@ -34,19 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 
 from baselines import shared
 from baselines.shared import ObservationNorm, Policy, options, settings_table
-from dom2_mpe import (
-    NoiseSchedule,
-    StackedLinear,
-    TimeFeatures,
-    adam,
-    dpm_solver,
-    draw,
-    gradient_step,
-    parse,
-    program,
-    train,
-)
+from dom2_mpe import NoiseSchedule, StackedLinear, TimeFeatures, adam, dpm_solver, gradient_step, parse, program, train
 from run import Algorithm
+from utils.data import draw
 
 Fraction = Annotated[float, options.Rule("in [0, 1]", lambda x: 0 <= x <= 1)]
 
@@ -213,8 +203,7 @@ def sample_batch(data, args: Args) -> Batch:
     length = data.lengths[episode]
     step = (torch.rand(S, B, 1, device=device) * length).long() + torch.arange(H, device=device)
     row = data.starts[episode] + torch.minimum(step, length - 1)  # [S, B, H]
-    columns = (data.obs, data.action, data.reward, data.next_obs)
-    obs, action, reward, next_obs = (x[:, row].transpose(0, 1).flatten(0, 1) for x in columns)  # [L, B, H, ...]
+    obs, action, reward, next_obs = (x[:, row].transpose(0, 1).flatten(0, 1) for x in data[:4])  # [L, B, H, ...]
     real = (step < length).to(obs.dtype).repeat_interleave(n, 0)  # [L, B, H]
     mean_reward = (real * reward).sum(-1) / real.sum(-1)  # [L, B]
     ego = F.one_hot(torch.randint(n, (S, B), device=device), n).mT.flatten(0, 1).to(obs.dtype)  # [L, B]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from common import DATASETS
 from dom2_mpe import StackedLinear, TwinCritic, adam, gradient_step, q_of_candidates, sample_transitions, soft_update
+from own_env import OWN
 from particle_env import SCENARIOS
 from utils import options
-from utils.options import Count, Discount, Natural, Share, Weight, Widths
+from utils.options import Count, Discount, Natural, Share, Weight, Widths, scenario_of
 
 # --------------------------------------------------------------------------------------------------------------------
 # Options and settings
@@ -29,8 +30,8 @@ from utils.options import Count, Discount, Natural, Share, Weight, Widths
 class DataArgs(options.DataArgs):
     """What to learn from."""
 
-    scenario: Literal["simple_spread", "simple_tag", "simple_world", "landmarks6", "HalfCheetah"] = "simple_tag"
-    """cooperative navigation, predator-prey, World, six landmarks (Figure 1) or two-agent HalfCheetah"""
+    scenario: scenario_of("simple_spread", "simple_tag", "simple_world", "landmarks6", "HalfCheetah") = "simple_tag"
+    """simple_spread, simple_tag, simple_world, landmarks6, HalfCheetah, or module:function, one of your own"""
     augment: bool = False
     """replicate high-return trajectories (DOM2's Algorithm 1)"""
     prey: str | None = None
@@ -67,16 +68,16 @@ def settings_table(particles: dict, mujoco: dict, rows: dict) -> dict:
     """Settings of every dataset, {(scenario, dataset): {option: value}}: its family's, then its own row.
 
     Args:
-        particles, mujoco: options of a whole family. rows: {scenario: {dataset: options}}; landmarks6 takes those of
-            simple_spread where it has none.
+        particles, mujoco: options of a whole family; environments of the user's own have those of particles.
+        rows: {scenario: {dataset: options}}; landmarks6 takes those of simple_spread where it has none.
     """
-    particles = dict(eval_interval=1_000, eval_episodes=1_000, shift=("speed",)) | particles
+    own, particles = particles, dict(eval_interval=1_000, eval_episodes=1_000, shift=("speed",)) | particles
     mujoco = dict(eval_interval=5_000, eval_episodes=32, shift=("random", "extreme")) | mujoco
     table = {}
-    for scenario, family in {**dict.fromkeys(SCENARIOS, particles), "HalfCheetah": mujoco}.items():
-        own = rows.get(scenario, rows.get("simple_spread", {}) if scenario == "landmarks6" else {})
+    for scenario, family in {**dict.fromkeys(SCENARIOS, particles), OWN: own, "HalfCheetah": mujoco}.items():
+        row = rows.get(scenario, rows.get("simple_spread", {}) if scenario == "landmarks6" else {})
         shift = {"shift": ("dismiss",)} if scenario == "landmarks6" else {}
-        table |= {(scenario, dataset): family | own.get(dataset, {}) | shift for dataset in DATASETS}
+        table |= {(scenario, dataset): family | row.get(dataset, {}) | shift for dataset in DATASETS}
     return table
 
 

@@ -933,7 +933,8 @@ def test_rewards_are_those_of_the_publication(name, tiny, data_dir):
 @every_baseline
 def test_settings_are_valid_and_the_command_line_wins(name):
     algorithm = BASELINES[name]
-    assert algorithm.settings.keys() == {(scenario, dataset) for scenario in ALL_SCENARIOS for dataset in DATASETS}
+    scenarios = (*ALL_SCENARIOS, "module:function")  # the last one: environments of the user's own
+    assert algorithm.settings.keys() == {(scenario, dataset) for scenario in scenarios for dataset in DATASETS}
     for (scenario, dataset), settings in algorithm.settings.items():
         args = algorithm.args(scenario, dataset)
         assert all(getattr(args, option) == value for option, value in settings.items())

@@ -736,7 +736,7 @@ def test_robots_that_fall_are_evaluated_to_their_fall(robots_data, tmp_path, cap
     [
         ({"scenario": "Humanoid"}, "have 9, 8 joints"),
         ({"scenario": "HalfCheetah", "agent_conf": "4x4"}, "has no partition"),
-        ({"scenario": "simple_tag"}, "choose one of HalfCheetah"),
+        ({"scenario": "simple_tag"}, "must be one of HalfCheetah"),
         ({"shift": ("speed",)}, "--shift speed: .*choose 'random', 'extreme' or none"),
         ({"agent_obsk": -1}, "--agent-obsk -1: must be at least 0"),
     ],

@@ -4,6 +4,7 @@ maintained mpe2 library, and against what their docstrings promise."""
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +16,22 @@ from mpe2.simple_world_comm import simple_world_comm
 from pettingzoo.test import parallel_api_test, parallel_seed_test
 
 import particle_env
-from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv, TeamEnv, draw, parallel_env
+from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv, TeamEnv, draw, parallel_env, scenario_spec
 
 HERE = Path(__file__).parent
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 PUBLISHED = [scenario for scenario in SCENARIOS if scenario != "landmarks6"]  # others' sources describe these
-every_published_scenario = pytest.mark.parametrize("scenario", PUBLISHED)
+TEAMS = [*((scenario, None) for scenario in PUBLISHED), ("simple_spread", 5)]
+every_team = pytest.mark.parametrize("scenario, num_agents", TEAMS)
 
 
 def close(actual, expected, tolerance):
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=tolerance)
 
 
-def crowded(scenario, num_envs, seed=0):
+def crowded(scenario, num_envs, seed=0, num_agents=None):
     """Random states with many contacts, float64: agent_pos, agent_vel [E, n, 2], landmark_pos [E, m, 2], actions."""
-    spec = SCENARIOS[scenario]
+    spec = scenario_spec(scenario, num_agents)
     g = torch.Generator().manual_seed(seed)
     n, m = len(spec.agents), len(spec.landmarks)
 
@@ -92,9 +94,9 @@ def test_golden_single_steps_in_float32(golden):
 class Mpe2:
     """One mpe2 world with its scenario's rewards and observations."""
 
-    def __init__(self, scenario):
+    def __init__(self, scenario, num_agents=None):
         module, counts = {
-            "simple_spread": (simple_spread, (3,)),
+            "simple_spread": (simple_spread, (num_agents or 3,)),
             "simple_tag": (simple_tag, (1, 3, 2)),  # prey, predators, obstacles
             "simple_world": (simple_world_comm, (1, 3, 1, 2, 2)),  # prey, predators, obstacles, food, forests
         }[scenario]
@@ -143,9 +145,9 @@ class Mpe2:
         return sum(self.scenario.is_collision(a, e) for a in agents for e in solid if e is not a)
 
 
-@every_published_scenario
-def test_constants_are_those_of_mpe2(scenario):
-    spec, world = SCENARIOS[scenario], Mpe2(scenario).world
+@every_team
+def test_constants_are_those_of_mpe2(scenario, num_agents):
+    spec, world = scenario_spec(scenario, num_agents), Mpe2(scenario, num_agents).world
     assert spec.agent_size == tuple(agent.size for agent in world.agents)
     assert spec.landmark_size == tuple(landmark.size for landmark in world.landmarks)
     assert spec.max_speed == tuple(agent.max_speed or float("inf") for agent in world.agents)
@@ -156,13 +158,13 @@ def test_constants_are_those_of_mpe2(scenario):
     assert (particle_env.CONTACT_FORCE, particle_env.CONTACT_MARGIN) == (world.contact_force, world.contact_margin)
 
 
-@every_published_scenario
+@every_team
 @pytest.mark.parametrize("shift", [None, "speed"])
-def test_step_agrees_with_mpe2(scenario, shift):
-    E, mpe2 = 150, Mpe2(scenario)
-    env = ParticleEnv(scenario, E, shift=shift, dtype=torch.float64)
+def test_step_agrees_with_mpe2(scenario, num_agents, shift):
+    E, mpe2 = 150, Mpe2(scenario, num_agents)
+    env = ParticleEnv(scenario, E, shift=shift, dtype=torch.float64, num_agents=num_agents)
     env.reset()  # draws v_j
-    *state, actions = crowded(scenario, E)
+    *state, actions = crowded(scenario, E, num_agents=num_agents)
     env.set_state(*state)
     env.step(actions)
     contacts = 0
@@ -175,11 +177,11 @@ def test_step_agrees_with_mpe2(scenario, shift):
     assert contacts > E / 2
 
 
-@every_published_scenario
-def test_observations_agree_with_mpe2(scenario):
-    E, mpe2 = 50, Mpe2(scenario)
-    *state, _ = crowded(scenario, E, seed=1)
-    obs = ParticleEnv(scenario, E, dtype=torch.float64).set_state(*state)
+@pytest.mark.parametrize("scenario, num_agents", [*TEAMS, ("simple_spread", 1)])
+def test_observations_agree_with_mpe2(scenario, num_agents):
+    E, mpe2 = 50, Mpe2(scenario, num_agents)
+    *state, _ = crowded(scenario, E, seed=1, num_agents=num_agents)
+    obs = ParticleEnv(scenario, E, dtype=torch.float64, num_agents=num_agents).set_state(*state)
     for e in range(E):
         mpe2.place(*(x[e] for x in state))
         for ours, theirs in zip(obs, mpe2.observations(), strict=True):
@@ -188,15 +190,15 @@ def test_observations_agree_with_mpe2(scenario):
             close(ours[e], theirs[: ours.shape[1]], 1e-12)
 
 
-@every_published_scenario
-def test_rewards_agree_with_mpe2_up_to_omar_changes(scenario):
+@every_team
+def test_rewards_agree_with_mpe2_up_to_omar_changes(scenario, num_agents):
     """Contacts, catches, food and the boundary penalty are mpe2's; only the terms that OMAR changed are put right."""
-    E, mpe2 = 300, Mpe2(scenario)
-    agent_pos, agent_vel, landmark_pos, _ = crowded(scenario, E, seed=2)
+    E, mpe2 = 300, Mpe2(scenario, num_agents)
+    agent_pos, agent_vel, landmark_pos, _ = crowded(scenario, E, seed=2, num_agents=num_agents)
     agent_pos[:, -1] *= 3.5  # the last agent (the prey) inside, at the edge of and far outside the arena
     agent_pos[E // 2 :, :-1] += agent_pos[E // 2 :, -1:]  # half of the time followed by the others
     landmark_pos[::3, 1] = agent_pos[::3, -1]  # and with food 0 under it
-    env = ParticleEnv(scenario, E, dtype=torch.float64)
+    env = ParticleEnv(scenario, E, dtype=torch.float64, num_agents=num_agents)
     env.set_state(agent_pos, agent_vel, landmark_pos)
     _, rewards = env.step(torch.zeros_like(agent_pos))
     terms = []
@@ -205,8 +207,9 @@ def test_rewards_agree_with_mpe2_up_to_omar_changes(scenario):
         theirs, ours = mpe2.rewards(), rewards[e].numpy()
         pos, landmarks = env.agent_pos[e].numpy(), landmark_pos[e].numpy()
         terms.append(theirs)
-        if scenario == "simple_spread":  # a contact costs 5 instead of 1, and the shared rest is another function
-            close(np.diff(ours), np.diff(5 * theirs), 1e-10)
+        if scenario == "simple_spread":  # a contact costs 5 instead of 1, and all share the landmarks' proximity
+            nearest = np.linalg.norm(landmarks[:, None] - pos, axis=-1).min(1)
+            close(ours, 5 * theirs + np.minimum(1 / nearest, 10).sum(), 1e-10)
             continue
         d = np.linalg.norm(pos[:3] - pos[3], axis=1)
         shaping = -0.1 * d.sum()  # added to every predator's reward, taken from the prey's
@@ -359,6 +362,30 @@ def test_bad_inputs_are_named():
     for name in good:
         with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3, 2\), expected \(2, [24], 2\)"):
             env.set_state(**{**good, name: torch.zeros(2, 3, 2)})
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_simple_spread_of_any_number_of_agents(n):
+    world, team = ParticleEnv("simple_spread", 4, num_agents=n), TeamEnv("simple_spread", 4, num_agents=n)
+    assert world.obs_sizes == team.obs_sizes == (4 + 2 * n + 2 * (n - 1) + 2 * (n - 1),) * n
+    assert team.agents == tuple(f"agent_{i}" for i in range(n)) and team.num_agents == n
+    assert torch.equal(torch.stack(world.reset(), 1), team.reset())
+    obs, rewards, _ = team.step(torch.ones(4, n, 2))
+    assert obs.shape == (4, n, 6 * n) and rewards.shape == (4, n) and obs.isfinite().all() and rewards.isfinite().all()
+    parallel_api_test(parallel_env("simple_spread", num_agents=n), num_cycles=60)
+    assert parallel_env("simple_spread", num_agents=n, render_mode="rgb_array").possible_agents == list(team.agents)
+    if n == 3:
+        assert torch.equal(TeamEnv("simple_spread", 4).reset(), TeamEnv("simple_spread", 4, num_agents=3).reset())
+
+
+@pytest.mark.parametrize("make", [partial(ParticleEnv, num_envs=1), partial(TeamEnv, num_envs=1), parallel_env])
+def test_numbers_of_agents_without_a_meaning(make):
+    for n in (0, -1, 2.5, "3"):
+        with pytest.raises(ValueError, match=rf"num_agents {n!r}: must be a whole number of at least 1"):
+            make("simple_spread", num_agents=n)
+    for scenario in SCENARIOS.keys() - {"simple_spread"}:
+        with pytest.raises(ValueError, match=f"num_agents 3: {scenario} has its own"):
+            make(scenario, num_agents=3)
 
 
 # ---- TeamEnv ----

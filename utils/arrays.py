@@ -33,9 +33,9 @@ def read_metadata(path: Path) -> dict:
         return {}
     try:
         metadata = json.loads((path / "metadata.json").read_text())
-        recorded = (metadata["scenario"], metadata["dataset"])
+        recorded = (metadata["scenario"].replace(":", "."), metadata["dataset"])
         metadata["checksums"] = dict(metadata["checksums"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise damaged(path, f"{path / 'metadata.json'}: not readable") from None
     if recorded != path.parts[-3:-1]:
         raise damaged(path, f"{path}: metadata.json says {recorded[0]}/{recorded[1]}")

@@ -17,7 +17,8 @@ from utils.program import UserError, load_torch
 
 def new_run_dir(args, algorithm_name: str) -> Path:
     """Make and return a folder that no other run has, also when two start in the same second."""
-    name = f"{algorithm_name}-{args.scenario}-{args.dataset}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    scenario = args.scenario.replace(":", ".")  # Windows allows no colon in a folder's name
+    name = f"{algorithm_name}-{scenario}-{args.dataset}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
         path = Path(args.run_dir) / (name + suffix)
         try:

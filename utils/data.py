@@ -11,6 +11,7 @@ from torch import Tensor
 
 import collect_datasets
 import common
+from own_env import is_own
 from utils.frozen import policy_checksum
 from utils.program import UserError
 
@@ -29,6 +30,8 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
     task = common.task_name(args)
     folder = common.dataset_path(args.data_dir, task, args.dataset).parent
     if not any(folder.glob("[!.]*")):  # what begins with a dot was left by a killed process
+        if is_own(task):
+            raise UserError(f"{folder}: no such dataset; docs/own-environment.md shows how to record it")
         if args.data_dir != "datasets":  # a mistyped folder must not be filled with our data
             make = shlex.join(["--scenario", task, "--dataset", args.dataset, "--data-dir", args.data_dir])
             raise UserError(f"{folder}: no such dataset; to make it there, run python collect_datasets.py {make}")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from utils.program import UserError
 
 NAMES = {
     **{"dom2": "DOM2", "ma_bc": "MA-BC", "ma_td3bc": "MA-TD3+BC", "ma_cql": "MA-CQL", "omar": "OMAR"},
@@ -82,7 +83,10 @@ def write_gif(run, evaluate, path: Path) -> str:
 
     args = run.args
     episodes, every = (4, 1) if run.make_env(1).episode_steps < 100 else (1, 2)
-    env = run.make_env(args.num_seeds * episodes, seed=args.seed, render_mode="rgb_array")
+    try:
+        env = run.make_env(args.num_seeds * episodes, seed=args.seed, render_mode="rgb_array")
+    except UserError as error:
+        return f"--capture-video: {error}"
     env.episode_steps, step, taken = min(env.episode_steps, 300), env.step, count()
     frames = [[] for _ in range(episodes)]
 
@@ -96,7 +100,7 @@ def write_gif(run, evaluate, path: Path) -> str:
     try:
         evaluate(run.act, env, args)
     except RuntimeError as error:
-        return f"--capture-video: {error}; install EGL or OSMesa and set MUJOCO_GL=egl or osmesa"
+        return f"--capture-video: {error}"
     images = [image for episode in frames for image in episode]
     images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
     return f"wrote {path}"

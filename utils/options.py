@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
+from own_env import OWN, is_own
 from utils.program import UserError
 
 
@@ -30,6 +31,12 @@ Thresholds = Annotated[
 DatasetName = Literal["random", "random-medium", "medium-replay", "medium", "medium-expert", "expert"]
 Shift = Literal["none", "speed", "dismiss", "random", "extreme"]
 Seed = Annotated[int, Rule("from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)]
+
+
+def scenario_of(*names: str):
+    """Type of --scenario: one of `names`, or an environment of one's own."""
+    words = f"one of {', '.join(names)}, or {OWN}, an environment of your own (docs/own-environment.md)"
+    return Annotated[str, Rule(words, lambda x: x in names or is_own(x))]
 
 
 class Options:

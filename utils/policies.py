@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
+from own_env import from_unit
 from particle_env import SCENARIOS
 from utils.checkpoints import load_checkpoint, restore
 from utils.frozen import policy_action
@@ -36,7 +37,7 @@ class TrainedPolicy:
             raise UserError(f"seed_index {seed_index}: {path} holds {args.num_seeds} seeds")
         self.args, self.algorithm, self.prey = replace(args, num_seeds=1), algorithm, checkpoint["prey"]
         env = common.make_env(common.task_name(args))
-        self.agents, self.obs_size = env.agents, env.obs_size
+        self.agents, self.obs_size, self.boxes = env.agents, env.obs_size, getattr(env, "boxes", {})
         self.sizes = dict(zip(env.agents, env.obs_sizes, strict=True))  # of every agent's observation
         if self.prey is not None:
             self.prey_name = SCENARIOS[args.scenario].agents[-1]
@@ -50,6 +51,8 @@ class TrainedPolicy:
     def __call__(self, observations: dict) -> dict:
         """{agent: observation [d_i]} -> {agent: action [A], float32}.
 
+        In an environment of one's own the actions are as its Box takes them, elsewhere in [-1, 1].
+
         Raises:
             UserError: an agent is missing or unknown, or an observation has another size than its agent's.
         """
@@ -62,6 +65,7 @@ class TrainedPolicy:
         stacked = torch.stack([F.pad(obs[name], (0, self.obs_size - self.sizes[name])) for name in self.agents])
         actions = self.algorithm.act(self.learners, stacked[:, None], self.args, self.generator)[:, 0]
         named = dict(zip(self.agents, actions.numpy(), strict=True))
+        named |= {name: from_unit(box, named[name]) for name, box in self.boxes.items()}
         if self.prey is not None:
             named[self.prey_name] = policy_action(self.prey, obs[self.prey_name]).numpy()
         return named
