@@ -32,7 +32,7 @@ def task_name(args) -> str:
     """Name of the environment that the options select: the scenario or, for MuJoCo, robot and joint partition."""
     if args.scenario in particle_env.SCENARIOS:
         return args.scenario
-    return mamujoco_env.task_name(args.scenario, args.agent_conf, args.agent_obsk)
+    return mamujoco_env.task_name(args.scenario, args.agent_conf, args.agent_obsk, args.global_categories)
 
 
 def make_env(task: str, num_envs: int = 1, shift: str = "none", device="cpu", seed=0, prey=None, render_mode=None):
@@ -114,10 +114,10 @@ def load_dataset(data_dir: str | Path, task: str, dataset: str, env) -> Dataset:
     """
     path, n = dataset_path(data_dir, task, dataset), env.num_agents
     metadata = read_metadata(path, task, dataset)
-    widths = {"obs": env.obs_size, "acs": env.action_size, "rews": 1, "next_obs": env.obs_size, "dones": 1}
+    one, obs, acs = (1,) * n, env.obs_sizes, env.action_sizes
     arrays = {}
-    for name, width in widths.items():
-        columns = [load_array(path / f"{name}_{agent}.npy", width, metadata) for agent in range(n)]
+    for name, sizes in {"obs": obs, "acs": acs, "rews": one, "next_obs": obs, "dones": one}.items():
+        columns = [load_array(path / f"{name}_{agent}.npy", sizes, agent, metadata) for agent in range(n)]
         rows = len(arrays["obs"][0]) if arrays else len(columns[0])
         for agent, column in enumerate(columns):
             if len(column) != rows:
@@ -132,7 +132,7 @@ def load_dataset(data_dir: str | Path, task: str, dataset: str, env) -> Dataset:
     done[:, ends[lengths == env.episode_steps] - 1] = 0  # some datasets mark the time limit, which is no terminal state
     returns = torch.zeros(len(lengths), dtype=torch.float64)
     returns.index_add_(0, torch.arange(len(lengths)).repeat_interleave(lengths), reward.double().mean(0))
-    columns = arrays["obs"], arrays["acs"], reward, arrays["next_obs"], done
+    columns = arrays["obs"], arrays["acs"].div_(env.action_scale), reward, arrays["next_obs"], done
     return Dataset(*columns, ends - lengths, lengths, returns.float(), metadata)
 
 

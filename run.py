@@ -118,7 +118,7 @@ class Run:
         self.prey = self.checkpoint["prey"] if self.checkpoint else scenario_prey(args)
         self.evaluates, self.stopped = False, []
         for shift in ("none", *args.shift):  # an unknown one is noticed here, not after the training
-            self.make_env(1, shift)
+            self.action_mask = self.make_env(1, shift).action_mask
 
     def _compare(self, stored) -> None:
         """Raise a UserError if an option differs from the run's own and can no longer be changed."""
@@ -235,7 +235,8 @@ class Run:
         self.returns[shift] = returns = returns.mean(1).cpu()
         if shift != "none" or not self.evaluates:
             return
-        score, spread = returns.mean().item(), evaluation.action_std(self.act, self.data, self.args.num_seeds)
+        score, S = returns.mean().item(), self.args.num_seeds
+        spread = evaluation.action_std(self.act, self.data, S, self.action_mask)
         normalised = common.normalised_score(self.args.scenario, score)
         self.writer.add_scalar("charts/episodic_return", score, self.update)
         self.writer.add_scalar("charts/action_std", spread, self.update)

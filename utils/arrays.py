@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from utils.program import UserError
@@ -41,8 +42,14 @@ def read_metadata(path: Path, task: str, dataset: str) -> dict:
     return metadata
 
 
-def load_array(file: Path, width: int, metadata: dict) -> Tensor:
-    """One array of a dataset as float32 [T, width]. Raises UserError if it is not that."""
+def load_array(file: Path, sizes: tuple[int, ...], agent: int, metadata: dict) -> Tensor:
+    """One agent's array of a dataset as float32 [T, width]. Raises UserError if it is not that.
+
+    Args:
+        sizes: how many columns each agent has, `width` the largest of them. Those that `agent` does not have become 0;
+            a file may leave them out or hold them as zeros.
+    """
+    own, width = sizes[agent], max(sizes)
     if not file.is_file():
         raise damaged(file.parent, f"{file}: missing")
     if metadata and file_checksum(file) != metadata["checksums"].get(file.name):
@@ -54,11 +61,14 @@ def load_array(file: Path, width: int, metadata: dict) -> Tensor:
     if array.dtype.kind not in "biuf":
         raise damaged(file.parent, f"{file}: holds {array.dtype}, not numbers")
     array = array[:, None] if array.ndim == 1 and width == 1 else array
-    if array.ndim != 2 or array.shape[1] != width:
-        raise UserError(f"{file}: has shape {array.shape}, expected [T, {width}]; is it another scenario's?")
+    if array.ndim != 2 or array.shape[1] not in (own, width):
+        raise UserError(f"{file}: has shape {array.shape}, expected [T, {own}]; is it another scenario's?")
     with np.errstate(over="ignore"):  # an infinity is noticed below
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
     if not tensor.isfinite().all():
         row = int((~tensor.isfinite()).any(1).nonzero()[0])
         raise damaged(file.parent, f"{file}: holds NaN or infinity, first in row {row}")
-    return tensor
+    if tensor[:, own:].any():
+        row = int(tensor[:, own:].any(1).nonzero()[0])
+        raise damaged(file.parent, f"{file}: agent {agent} has {own} columns, but others are not 0, first in row {row}")
+    return F.pad(tensor, (0, width - tensor.shape[1]))

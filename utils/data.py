@@ -40,9 +40,10 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
     made_with = data.metadata.get("prey_checksum")
     if prey is not None and made_with not in (None, policy_checksum(prey)):
         raise UserError(f"{folder}: made with another prey; pass it as --prey, or delete the folder to make it anew")
-    outside = (data.action.abs() > 1.0001).float().mean().item()
+    outside = (data.action.abs() > 1.0001).sum().item() / (data.action.shape[1] * sum(env.action_sizes))
     if outside:
-        share = f"{outside:.2%} of the action entries are outside [-1, 1], where no policy here can act"
+        box = f"[-{env.action_scale:g}, {env.action_scale:g}]"
+        share = f"{outside:.2%} of the action entries are outside {box}, where no policy here can act"
         print(f"warning: {folder}: {share}; scale the actions", file=sys.stderr)
     if args.data_fraction < 1:
         data = take_share(data, args.data_fraction)

@@ -19,11 +19,16 @@ NAMES = {
 
 
 @torch.no_grad()
-def action_std(act, data: common.Dataset, num_seeds: int) -> float:
-    """Spread of the actions that one observation gets, averaged over 256 observations; 0: a deterministic policy."""
+def action_std(act, data: common.Dataset, num_seeds: int, mask: torch.Tensor | None = None) -> float:
+    """Spread of the actions that one observation gets, averaged over 256 observations; 0: a deterministic policy.
+
+    Args:
+        mask: [n, A], 1 for the entries to average over; None: all.
+    """
     obs = data.obs[:, :: max(1, data.obs.shape[1] // 256)][:, :256].repeat(num_seeds, 1, 1)  # [L, 256, d]
     generator = torch.Generator(obs.device).manual_seed(0)
-    return torch.stack([act(obs, generator) for _ in range(16)]).std(0).mean().item()
+    std = torch.stack([act(obs, generator) for _ in range(16)]).std(0)  # [L, 256, A]
+    return (std if mask is None else std.unflatten(0, (num_seeds, -1)).mT[:, mask > 0]).mean().item()
 
 
 def milliseconds_per_action(act, env, num_seeds: int) -> float:

@@ -37,6 +37,7 @@ class TrainedPolicy:
         self.args, self.algorithm, self.prey = replace(args, num_seeds=1), algorithm, checkpoint["prey"]
         env = common.make_env(common.task_name(args))
         self.agents, self.obs_size = env.agents, env.obs_size
+        self.action_sizes, self.action_scale = env.action_sizes, env.action_scale
         self.sizes = dict(zip(env.agents, env.obs_sizes, strict=True))  # of every agent's observation
         if self.prey is not None:
             self.prey_name = SCENARIOS[args.scenario].agents[-1]
@@ -48,7 +49,7 @@ class TrainedPolicy:
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def __call__(self, observations: dict) -> dict:
-        """{agent: observation [d_i]} -> {agent: action [A], float32}.
+        """{agent: observation [d_i]} -> {agent: action [A_i], float32}, in the range of the agent's action space.
 
         Raises:
             UserError: an agent is missing or unknown, or an observation has another size than its agent's.
@@ -61,7 +62,8 @@ class TrainedPolicy:
                 raise UserError(f"observation of {name} has shape {tuple(obs[name].shape)}, expected ({size},)")
         stacked = torch.stack([F.pad(obs[name], (0, self.obs_size - self.sizes[name])) for name in self.agents])
         actions = self.algorithm.act(self.learners, stacked[:, None], self.args, self.generator)[:, 0]
-        named = dict(zip(self.agents, actions.numpy(), strict=True))
+        actions = (actions * self.action_scale).numpy()
+        named = {name: a[:size] for name, a, size in zip(self.agents, actions, self.action_sizes, strict=True)}
         if self.prey is not None:
             named[self.prey_name] = policy_action(self.prey, obs[self.prey_name]).numpy()
         return named
