@@ -67,7 +67,8 @@ PUBLISHED = {
 @dataclass
 class Args(Options):
     scenario: tuple[str, ...] = ("simple_spread", "simple_tag", "simple_world")
-    """which scenarios: those three, landmarks6, HalfCheetah or, with random data alone, another MuJoCo task"""
+    """which scenarios: those three, landmarks6, HalfCheetah or, with random data alone, another MuJoCo task, also with
+    another partition or sight, such as HalfCheetah-6x1-obsk1 or Hopper-3x1-obsk2-qpos-qvel"""
     dataset: tuple[DatasetName, ...] = DATASETS
     """which datasets of each"""
     num_transitions: int = 1_000_000
@@ -112,11 +113,13 @@ def rollout(env, act) -> tuple[dict[str, Tensor], Tensor]:
     """One episode in every world: a block, and the lengths [E], shorter than the limit where a robot has fallen."""
     obs, steps, running = env.reset(), [], []
     terminated = torch.zeros(env.num_envs, dtype=torch.bool)
+    mask = 1.0 if env.action_mask is None else env.action_mask
     for step in range(env.episode_steps):
-        action, state = act(obs, step), env.state
+        action, state = act(obs, step) * mask, env.state
         running.append(~terminated)
         next_obs, rewards, terminated = env.step(action)
-        arrays = [obs, action, rewards[..., None], next_obs, terminated[:, None, None].expand(-1, env.num_agents, 1)]
+        dones = terminated[:, None, None].expand(-1, env.num_agents, 1)
+        arrays = [obs, action * env.action_scale, rewards[..., None], next_obs, dones]
         if state is not None:
             arrays += [x[:, None].expand(-1, env.num_agents, -1) for x in (state, env.state)]
         steps.append(dict(zip(array_widths(env), arrays, strict=True)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -13,7 +12,7 @@ from torch import Tensor
 import mamujoco_env
 import particle_env
 from own_env import OwnEnv, is_own
-from utils.arrays import damaged, has_array, load_array, read_metadata
+from utils.arrays import damaged, episode_lengths, has_array, load_array, read_metadata
 from utils.options import DatasetName
 from utils.program import UserError
 
@@ -32,7 +31,7 @@ NORMALISATION = {
 def task_name(args) -> str:
     """Name of the environment that the options select: the scenario or, for MuJoCo, robot and joint partition."""
     if args.scenario in mamujoco_env.SCENARIOS:
-        return mamujoco_env.task_name(args.scenario, args.agent_conf, args.agent_obsk)
+        return mamujoco_env.task_name(args.scenario, args.agent_conf, args.agent_obsk, args.global_categories)
     return args.scenario
 
 
@@ -117,13 +116,18 @@ def load_dataset(path: Path, env) -> Dataset:
     Raises:
         UserError: a file is missing, damaged, of a shape that does not fit the others or the scenario, or not finite.
     """
-    n, own, one = env.num_agents, env.obs_sizes, env.num_agents * (1,)
-    metadata = read_metadata(path)
-    widths = {"obs": own, "acs": n * (env.action_size,), "rews": one, "next_obs": own, "dones": one}
+    n, metadata, one, obs, acs = (
+        env.num_agents,
+        read_metadata(path),
+        (1,) * env.num_agents,
+        env.obs_sizes,
+        env.action_sizes,
+    )
+    widths = {"obs": obs, "acs": acs, "rews": one, "next_obs": obs, "dones": one}
     widths |= {"timeouts": one} if has_array(path, "timeouts", metadata) else {}  # where episodes were cut short
     arrays = {}
-    for name, width in widths.items():
-        columns = [load_array(path / f"{name}_{i}.npy", max(width), metadata, width[i]) for i in range(n)]
+    for name, sizes in widths.items():
+        columns = [load_array(path / f"{name}_{agent}.npy", sizes, agent, metadata) for agent in range(n)]
         rows = len(arrays["obs"][0]) if arrays else len(columns[0])
         for agent, column in enumerate(columns):
             if len(column) != rows:
@@ -138,14 +142,5 @@ def load_dataset(path: Path, env) -> Dataset:
     done[:, ends[lengths == env.episode_steps] - 1] = 0  # some datasets mark the time limit, which is no terminal state
     returns = torch.zeros(len(lengths), dtype=torch.float64)
     returns.index_add_(0, torch.arange(len(lengths)).repeat_interleave(lengths), reward.double().mean(0))
-    columns = arrays["obs"], arrays["acs"], reward, arrays["next_obs"], done
+    columns = arrays["obs"], arrays["acs"].div_(env.action_scale), reward, arrays["next_obs"], done
     return Dataset(*columns, ends - lengths, lengths, returns.float(), metadata, {path.name: len(lengths)})
-
-
-def episode_lengths(ended: Tensor, episode_steps: int) -> Tensor:
-    """Lengths of the episodes, [episodes]. One ends where `ended` [T] is true, or after `episode_steps` rows."""
-    lengths, ends = [], (ended.nonzero()[:, 0] + 1).tolist()
-    for start, end in pairwise([0, *ends, len(ended)]):
-        whole, rest = divmod(end - start, episode_steps)
-        lengths += [episode_steps] * whole + [rest] * (rest > 0)
-    return torch.tensor(lengths)

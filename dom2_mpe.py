@@ -33,10 +33,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import Dataset
+from common import DATASETS, Dataset
 from run import Algorithm, Run, parse
 from utils import options
 from utils.data import draw, load_data
+from utils.evaluation import evaluate
 from utils.options import Count, Discount, Share, Weight, Widths, scenario_of
 from utils.policies import TrainedPolicy
 from utils.program import UserError, program
@@ -120,12 +121,8 @@ SETTINGS = {
     ("simple_world", "medium"): dict(updates=4_000, batch_size=1024, gamma=0.8, eta=1.0),
     ("simple_world", "medium-expert"): dict(updates=2_000, batch_size=1024, eta=1.0),
     ("simple_world", "expert"): dict(updates=2_000, batch_size=1024, eta=1.0),
-    ("landmarks6", "random"): dict(updates=5_000, shift=("dismiss",)),
-    ("landmarks6", "random-medium"): dict(updates=5_000, shift=("dismiss",)),
-    ("landmarks6", "medium-replay"): dict(updates=5_000, shift=("dismiss",)),
-    ("landmarks6", "medium"): dict(updates=4_000, eta=1.0, shift=("dismiss",)),
-    ("landmarks6", "medium-expert"): dict(updates=4_000, eta=1.0, shift=("dismiss",)),
-    ("landmarks6", "expert"): dict(updates=4_000, eta=1.0, shift=("dismiss",)),
+    **{("landmarks6", d): dict(updates=5_000, shift=("dismiss",)) for d in DATASETS[:3]},  # up to medium-replay
+    **{("landmarks6", d): dict(updates=4_000, eta=1.0, shift=("dismiss",)) for d in DATASETS[3:]},
 }
 
 
@@ -297,17 +294,20 @@ class DiffusionPolicy(nn.Module):
     With prediction="noise" the network's output f is eps_theta. With prediction="action" it stands for a clean action
     a0 = tanh(f), and the solver gets the noise eps_theta = (a - alpha a0) / sigma that this action implies. Every
     predicted action then lies in [-1, 1]. Noise of about 0.01 is left at tau_0; the last clamp only restores the range.
+    `mask` [L, 1, A] is 0 in entries that an agent's actions do not have: 0 in every action and network input.
     """
 
     solver = staticmethod(dpm_solver)  # a subclass may have another one
 
-    def __init__(self, net: nn.Module, schedule: NoiseSchedule, num_steps: int, prediction: str = "action"):
+    def __init__(self, net: nn.Module, schedule: NoiseSchedule, num_steps: int, prediction: str = "action", mask=None):
         super().__init__()
         self.net, self.schedule, self.num_steps, self.prediction = net, schedule, num_steps, prediction
+        self.register_buffer("mask", torch.ones(1, 1, 1) if mask is None else mask, persistent=False)
 
     def eps(self, noisy_action: Tensor, obs: Tensor, t: float) -> Tensor:
         """eps_theta(a, o, tau), [L, B, A]."""
-        f = self.net(noisy_action, obs, t)
+        x = noisy_action if self.mask.numel() == 1 else noisy_action * self.mask  # a product by 1 changes rounding
+        f = self.net(x, obs, t)
         if self.prediction == "noise":
             return f
         return (noisy_action - self.schedule.alpha(t) * torch.tanh(f)) / self.schedule.sigma(t)
@@ -315,7 +315,7 @@ class DiffusionPolicy(nn.Module):
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Denoise: observations [L, B, d] and Gaussian noise [L, B, A] -> actions [L, B, A] in [-1, 1]."""
         solver_args = self.schedule, self.num_steps, self.prediction == "noise"
-        return self.solver(lambda a, t: self.eps(a, obs, t), noise, *solver_args).clamp(-1, 1)
+        return self.solver(lambda a, t: self.eps(a, obs, t), noise, *solver_args).clamp(-1, 1) * self.mask
 
 
 class TwinCritic(nn.Module):
@@ -381,7 +381,7 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float
         target = (batch.reward + gamma * (1 - batch.done) * next_q)[:, None]  # [L, 1, B]
     actions = batch.action[:, :, None]
     if zeta > 0:
-        actions = torch.cat([actions, batch.random_actions], 2)  # [L, B, 11, A]
+        actions = torch.cat([actions, batch.random_actions * target_policy.mask[:, None]], 2)  # [L, B, 11, A]
     q = q_of_candidates(critic, batch.obs, actions)  # [L, 2, B, 1 or 11]
     td = (target - q[..., 0]).square().mean(-1).sum(1)
     loss, metrics = td, {"losses/td": td.detach(), "charts/q_data": q[..., 0].detach().mean((1, 2))}
@@ -401,9 +401,9 @@ def diffusion_loss(policy: DiffusionPolicy, batch: Batch) -> Tensor:
     """
     tau = batch.tau[..., None]
     noisy = policy.schedule.alpha(tau) * batch.action + policy.schedule.sigma(tau) * batch.eps
-    f = policy.net(noisy, batch.obs, batch.tau)
+    f = policy.net(noisy * policy.mask, batch.obs, batch.tau)
     error = f - batch.eps if policy.prediction == "noise" else torch.tanh(f) - batch.action
-    return error.square().sum(-1).mean(-1)
+    return (error * policy.mask).square().sum(-1).mean(-1)
 
 
 def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float):
@@ -416,7 +416,7 @@ def q_loss(policy: DiffusionPolicy, critic: TwinCritic, batch: Batch, eta: float
     q = critic.q1(batch.obs, action).mean(-1)  # [L]
     with torch.no_grad():
         scale = critic.q1(batch.obs, batch.action).abs().mean(-1)
-    saturated = (action.detach().abs() > 0.99).float().mean((1, 2))
+    saturated = (action.detach().abs() > 0.99).float().mean((1, 2)) / policy.mask.mean((1, 2))
     return -eta * q / scale, {"charts/q_policy": q.detach(), "charts/saturation": saturated}
 
 
@@ -464,13 +464,15 @@ def sample_batch(data: Dataset, args: Args) -> Batch:
 def make_learners(args: Args, env, policy_class=DiffusionPolicy) -> nn.ModuleDict:
     """Policies, critics and their target copies of L = num_seeds * num_agents learners (Algorithm 2, line 1).
 
-    Reads only num_agents, obs_size, action_size and device of `env`.
+    Reads only num_agents, obs_size, action_size, device and, where there is one, action_mask [n, A] of `env`.
     """
     sizes, learners = (args.num_seeds * env.num_agents, env.obs_size, env.action_size), nn.ModuleDict()
+    mask = getattr(env, "action_mask", None)
+    mask = None if mask is None else mask.repeat(args.num_seeds, 1)[:, None]  # [L, 1, A]
     for prefix in ("", "target_"):
         net = NOISE_NETS[args.noise_net](*sizes, args.widths)
         schedule = NoiseSchedule(beta_max=args.beta_max)
-        learners[prefix + "policy"] = policy_class(net, schedule, args.diffusion_steps, args.prediction)
+        learners[prefix + "policy"] = policy_class(net, schedule, args.diffusion_steps, args.prediction, mask)
         learners[prefix + "critic"] = TwinCritic(*sizes, args.critic_widths)
     for name in ("policy", "critic"):
         learners[f"target_{name}"].load_state_dict(learners[name].state_dict())
@@ -546,25 +548,6 @@ DOM2 = Algorithm("dom2", Args, SETTINGS, make_learners, make_optimizers, sample_
 load_policy = partial(TrainedPolicy, algorithm=DOM2)
 
 
-@torch.no_grad()
-def evaluate(act, env, args) -> Tensor:
-    """Team returns [S, E] of one episode in every world of `env`; each seed's team plays E = num_envs / S of them.
-
-    `act` maps observations [L, E, d] and a torch.Generator to actions [L, E, A]. `env` has the interface of TeamEnv.
-    """
-    S, n, E = args.num_seeds, env.num_agents, env.num_envs // args.num_seeds
-    generator = torch.Generator(env.device).manual_seed(args.seed + 20_000)
-    obs, returns = env.reset(), torch.zeros(env.num_envs, device=env.device)
-    for _ in range(env.episode_steps):
-        x = obs.view(S, E, n, -1).transpose(1, 2).flatten(0, 1)  # [S E, n, d] -> [L, E, d]
-        actions = act(x, generator).view(S, n, E, -1).transpose(1, 2).flatten(0, 1)  # [L, E, A] -> [S E, n, A]
-        obs, rewards, terminated = env.step(actions)
-        returns += rewards.mean(-1)
-        if terminated.all():
-            break
-    return returns.view(S, E)
-
-
 def train(args, algorithm: Algorithm = DOM2) -> dict:
     """Algorithm 2, then the evaluations. For a baseline, pass its Algorithm. Returns the content of results.json."""
     run = Run(args, algorithm)  # a new run, or the one that --resume or --eval-only names
@@ -593,7 +576,7 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
     for shift in ("none", *args.shift):
         if shift not in run.returns:  # training ends with an evaluation of "none"
             run.record(shift, evaluate(run.act, run.evaluation_env(shift), args))
-    return run.finish(evaluate)
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class Args(Options):
     """partition of a robot's joints, as in dom2_mamujoco.py"""
     agent_obsk: Natural = 0
     """how many joints away an agent of a robot sees, as in dom2_mamujoco.py"""
+    global_categories: tuple[Literal["qpos", "qvel"], ...] = ()
+    """what else an agent of a robot sees, as in dom2_mamujoco.py"""
     agents: tuple[str, ...] = ()
     """names or indices of the source's agents that are the task's, in its order"""
     rows: tuple[int, ...] = ()
@@ -197,8 +199,8 @@ def import_dataset(args: Args) -> dict:
     for option, value in (("--rows", args.rows), ("--from-state", args.from_state)):
         if value and args.source != "vault":
             raise UserError(f"{option}: belongs to --source vault; leave it out")
-    if args.scenario in SCENARIOS and (args.agent_conf or args.agent_obsk):
-        raise UserError(f"--agent-conf, --agent-obsk: {args.scenario} is no robot; leave them out")
+    if args.scenario in SCENARIOS and (args.agent_conf or args.agent_obsk or args.global_categories):
+        raise UserError(f"--agent-conf, --agent-obsk, --global-categories: {args.scenario} is no robot; leave them out")
     team = Team(common.task_name(args), args.agents)
     path = dataset_folder(args.data_dir, team.task, args.dataset, args.seed, args.overwrite)
     episodes = list(READERS[args.source](args, team))

@@ -10,6 +10,9 @@ them side by side and adds shifted robots after Packer et al. (2018).
 The interface is that of `particle_env.TeamEnv`. An episode ends after `env.episode_steps` steps or, in robots that can
 fall, with a fall: `terminated`. Only a fall is a terminal state. E is the number of environments, n of agents. Tensors
 are float32, `terminated` is bool. The simulation runs on the CPU; `device` is where its tensors go.
+
+Agents of Humanoid, HumanoidStandup and Pusher have unequal numbers of joints. A is the largest number, and the entries
+that an agent does not have never reach the robot.
 """
 
 import io
@@ -18,6 +21,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stderr
 
 import numpy as np
@@ -38,6 +42,7 @@ SCENARIOS = {
     "Swimmer": "2x1",
     "Walker2d": "2x3",
 }
+GLOBAL_CATEGORIES = ("qpos", "qvel")  # of what no agent's joints have, such as the torso: positions and velocities
 
 # Ratios to the standard robot, after Packer et al. (2018): around power 0.9, density 1,000 and friction 0.8 they draw
 # from one interval ("random") or from two beyond it ("extreme"; either is equally likely). Those defaults belong to
@@ -73,39 +78,70 @@ def quiet():
         logging.disable(logging.NOTSET)
 
 
-def task_name(scenario: str, agent_conf: str | None = None, agent_obsk: int = 0) -> str:
-    """Name of a robot with a partition of its joints: "HalfCheetah", or "HalfCheetah-6x1-obsk1".
+def task_name(
+    scenario: str, agent_conf: str | None = None, agent_obsk: int = 0, global_categories: Sequence[str] = ()
+) -> str:
+    """Name of a robot with a partition of its joints: "HalfCheetah", "HalfCheetah-6x1-obsk1" or, with global
+    categories, "HalfCheetah-6x1-obsk1-qpos-qvel".
 
     Args:
         agent_conf: partition of the joints, by the library's names; None: the one of `SCENARIOS`.
-        agent_obsk: an agent sees its own joints, and of those at most so many joints away the angles; nothing global.
+        agent_obsk: an agent sees its own joints, and of those at most so many joints away the angles.
             With 0 an agent of the half cheetah sees 6 numbers, its joints' angles and velocities.
+        global_categories: names of `GLOBAL_CATEGORIES` whose global values every agent sees too, in this order.
     """
     agent_conf = agent_conf or SCENARIOS.get(scenario)
-    return (
-        scenario
-        if (agent_conf, agent_obsk) == (SCENARIOS.get(scenario), 0)
-        else f"{scenario}-{agent_conf}-obsk{agent_obsk}"
-    )
+    if (agent_conf, agent_obsk, tuple(global_categories)) == (SCENARIOS.get(scenario), 0, ()):
+        return scenario
+    return "-".join([scenario, agent_conf, f"obsk{agent_obsk}", *global_categories])
+
+
+def parallel_env(
+    scenario: str, agent_conf: str | None = None, agent_obsk: int = 0, global_categories: Sequence[str] = (), **options
+):
+    """The library's environment of one robot, a PettingZoo ParallelEnv, as `MujocoEnv` steps it.
+
+    Joints of an agent come in alphabetical order. Two of Pusher have the same name, and the library leaves their order
+    to chance; here it is that of their numbers.
+
+    Args:
+        scenario, agent_conf, agent_obsk, global_categories: as of `task_name`. options: passed to the library.
+
+    Raises:
+        ValueError: the robot has no such partition or global category.
+    """
+    agent_conf = agent_conf or SCENARIOS[scenario]
+    known = [category for category in global_categories if category in GLOBAL_CATEGORIES]
+    with quiet():
+        from gymnasium_robotics import mamujoco_v1
+        from gymnasium_robotics.envs.multiagent_mujoco.obsk import build_obs
+
+        try:
+            env = mamujoco_v1.parallel_env(scenario, agent_conf, agent_obsk, global_categories=known, **options)
+        except Exception as error:  # the library raises plain Exceptions
+            raise ValueError(f"{scenario} has no partition {agent_conf!r} ({error})") from None
+    data, nodes = env.single_agent_env.unwrapped.data, env.mujoco_globals
+    has = [category for category in GLOBAL_CATEGORIES if len(build_obs(data, {}, [], nodes, (category,)))]
+    for category in global_categories:
+        if category not in has:
+            raise ValueError(f"{scenario} has no global category {category!r}; it has {', '.join(has) or 'none'}")
+    if len(known) > len(set(known)):
+        raise ValueError(f"global categories {' '.join(known)}: name each of them once")
+    for joints in env.k_dicts:
+        for distance, nodes in joints.items():
+            joints[distance] = sorted(nodes, key=lambda node: (node.label, node.act_ids))
+    return env
 
 
 def make_robots(task: str, num_envs: int, render_mode: str | None) -> list:
-    """The library's environments of one task. Raises ValueError where the robot has no such partition."""
-    scenario, _, partition = task.partition("-")
-    agent_conf, _, agent_obsk = (partition or f"{SCENARIOS[scenario]}-obsk0").partition("-obsk")
-    options = {"global_categories": (), "render_mode": render_mode}
-    if render_mode is not None:
-        options |= {"width": 300, "height": 300}
-    with quiet():
-        from gymnasium_robotics import mamujoco_v1
-
-        try:
-            obsk = int(agent_obsk)
-            return [mamujoco_v1.parallel_env(scenario, agent_conf, obsk, **options) for _ in range(num_envs)]
-        except Exception as error:  # the library raises plain Exceptions
-            if not partition:
-                raise
-            raise ValueError(f"{scenario} has no partition {partition!r} ({error})") from None
+    """The library's environments of one task. Raises ValueError where there is no such task of the robot."""
+    scenario, _, rest = task.partition("-")
+    agent_conf, _, sight = (rest or f"{SCENARIOS[scenario]}-obsk0").partition("-obsk")
+    agent_obsk, *categories = sight.split("-")
+    if not agent_obsk.isdecimal():
+        raise ValueError(f"{scenario} has no partition {rest!r}; name it as in {scenario}-{SCENARIOS[scenario]}-obsk1")
+    options = {"render_mode": render_mode} | ({} if render_mode is None else {"width": 300, "height": 300})
+    return [parallel_env(scenario, agent_conf, int(agent_obsk), categories, **options) for _ in range(num_envs)]
 
 
 class MujocoEnv:
@@ -121,8 +157,13 @@ class MujocoEnv:
 
     Where some agents see fewer numbers than others their observations end with zeros: d is the largest size.
 
+    Attributes:
+        action_sizes: number of joints of every agent; action_size: the largest of them, A.
+        action_mask: [n, A], 1 for the entries that an agent has and 0 for others; None where all have equally many.
+        action_scale: what the library's environment and datasets on disk have for a 1: 0.4 in humanoids, 2 in Pusher.
+
     Raises:
-        ValueError: unknown scenario, partition or shift, or agents with different numbers of actions.
+        ValueError: unknown scenario, partition, global category or shift.
     """
 
     def __init__(self, task, num_envs, shift=None, device="cpu", seed=0, render_mode=None):
@@ -139,13 +180,13 @@ class MujocoEnv:
         env = self.envs[0]
         self.robots = [env.single_agent_env.unwrapped for env in self.envs]
         joints = [[joint.act_ids for joint in partition] for partition in env.agent_action_partitions]
-        if len({len(j) for j in joints}) > 1:
-            raise ValueError(
-                f"the agents of {task} have {', '.join(str(len(j)) for j in joints)} joints: "
-                "agents are trained in one stack and need equally many"
-            )
-        self.agents, self.num_agents, self.action_size = tuple(env.possible_agents), len(joints), len(joints[0])
-        self._joints = np.array(joints).flatten()
+        self.agents, self.num_agents = tuple(env.possible_agents), len(joints)
+        self.action_sizes = tuple(len(j) for j in joints)
+        self.action_size = max(self.action_sizes)
+        has = np.arange(self.action_size) < np.array(self.action_sizes)[:, None]  # [n, A]
+        self.action_mask = None if has.all() else torch.from_numpy(has).to(self.device, torch.float32)
+        self._joints, self._entries = np.concatenate(joints), np.flatnonzero(has)
+        self.action_scale = float(env.single_agent_env.action_space.high[0])  # all joints of a robot have the same
         self.episode_steps = env.single_agent_env.get_wrapper_attr("_max_episode_steps")
         self.obs_sizes = tuple(env.observation_space(agent).shape[0] for agent in env.possible_agents)
         self.obs_size = max(self.obs_sizes)
@@ -206,13 +247,14 @@ class MujocoEnv:
         """Advance every environment that has not ended by one step; the others stand still, at reward 0.
 
         Args:
-            actions: [E, n, A] in [-1, 1], one number per joint.
+            actions: [E, n, A] in [-1, 1], one number per joint; what an agent has beyond its joints is ignored.
 
         Returns:
             obs [E, n, d], rewards [E, n] (every agent gets the robot's), terminated [E].
         """
         controls = np.empty((self.num_envs, self._joints.size))
-        controls[:, self._joints] = actions.reshape(self.num_envs, -1).cpu().numpy()
+        actions = actions * self.action_scale
+        controls[:, self._joints] = actions.reshape(self.num_envs, -1).cpu().numpy()[:, self._entries]
         reward = np.zeros(self.num_envs, np.float32)
         for i in np.flatnonzero(~self._terminated):
             self._state[i], reward[i], self._terminated[i], _, _ = self.robots[i].step(controls[i])

@@ -186,6 +186,7 @@ class OwnEnv:
             raise UserError(f"--scenario {task}: two calls returned one object; return a new environment at every call")
         self.task, self.num_envs, self.num_agents = task, num_envs, len(self.agents)
         self.obs_size, self.action_size = self.obs_sizes[0], len(self.boxes[self.agents[0]].low)
+        self.action_sizes, self.action_mask, self.action_scale = (self.action_size,) * self.num_agents, None, 1.0
         self.device, self._seed, self._episode, self._steps = torch.device(device), seed, 0, 0
         self._obs = np.zeros((num_envs, self.num_agents, self.obs_size), np.float32)
         self._running, self._terminated = np.zeros(num_envs, bool), np.zeros(num_envs, bool)

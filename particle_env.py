@@ -320,7 +320,7 @@ class TeamEnv:
         The other arguments are those of ParticleEnv.
     """
 
-    action_size, episode_steps, state = 2, EPISODE_STEPS, None
+    action_size, action_mask, action_scale, episode_steps, state = 2, None, 1.0, EPISODE_STEPS, None
 
     def __init__(self, scenario, num_envs, shift=None, device="cpu", seed=0, prey=None, num_agents=None):
         self.world = ParticleEnv(scenario, num_envs, shift, device, seed=seed, num_agents=num_agents)
@@ -328,7 +328,7 @@ class TeamEnv:
         spec = self.world.spec
         self.num_envs, self.num_agents = num_envs, spec.num_controlled
         self.obs_sizes = self.world.obs_sizes[: self.num_agents]
-        self.obs_size = max(self.obs_sizes)
+        self.obs_size, self.action_sizes = max(self.obs_sizes), (self.action_size,) * self.num_agents
         self.agents, self.device = spec.agents[: spec.num_controlled], self.world.device
         self.terminated = torch.zeros(num_envs, dtype=torch.bool, device=self.device)  # nothing ever terminates
 

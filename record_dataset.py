@@ -65,16 +65,16 @@ class Recorder(BaseParallelWrapper):
         self.path = dataset_folder(data_dir, scenario, dataset, seed, overwrite)
         self.recorded = self.team.chosen(list(env.possible_agents))
         team = self.team.env
-        for name, size in zip(self.recorded, team.obs_sizes, strict=True):
+        for name, size, entries in zip(self.recorded, team.obs_sizes, team.action_sizes, strict=True):
             space, action_space = env.observation_space(name), env.action_space(name)
             if space.shape != (size,):
                 raise UserError(
                     f"{name}: has observations of shape {space.shape}, {scenario} has ({size},) (of a robot, with "
                     "global_categories=() and its partition)"
                 )
-            if store is None and (not isinstance(action_space, Box) or action_space.shape != (team.action_size,)):
+            if store is None and (not isinstance(action_space, Box) or action_space.shape != (entries,)):
                 raise UserError(
-                    f"{name}: has actions in {action_space}, {scenario} in Box(-1, 1, ({team.action_size},)); pass "
+                    f"{name}: has actions in {action_space}, {scenario} in a Box of ({entries},); pass "
                     "`store`, a function that makes such an action of them"
                 )
         self.episodes, self.num_transitions, self._obs = [], 0, []

@@ -107,7 +107,7 @@ class Run:
     def __init__(self, args, algorithm: Algorithm):
         self.started, self.algorithm, self.args, self.checkpoint = time.time(), algorithm, args, None
         self.task = common.task_name(args)
-        for name in ("agent_conf", "agent_obsk"):
+        for name in ("agent_conf", "agent_obsk", "global_categories"):
             if getattr(args, name, None) and (is_own(args.scenario) or args.scenario in SCENARIOS):
                 raise UserError(f"--{name.replace('_', '-')}: {args.scenario} has no joints to share out; leave it out")
         if args.resume and args.eval_only:
@@ -124,7 +124,7 @@ class Run:
         self.prey = self.checkpoint["prey"] if self.checkpoint else scenario_prey(args)
         self.evaluates, self.stopped = False, []
         for shift in ("none", *args.shift):  # an unknown one is noticed here, not after the training
-            self.make_env(1, shift)
+            self.action_mask = self.make_env(1, shift).action_mask
 
     def _compare(self, stored) -> None:
         """Raise a UserError if an option differs from the run's own and can no longer be changed."""
@@ -244,7 +244,8 @@ class Run:
         self.returns[shift] = returns = returns.mean(1).cpu()
         if shift != "none" or not self.evaluates:
             return
-        score, spread = returns.mean().item(), evaluation.action_std(self.act, self.data, self.args.num_seeds)
+        score, S = returns.mean().item(), self.args.num_seeds
+        spread = evaluation.action_std(self.act, self.data, S, self.action_mask)
         normalised = common.normalised_score(self.args.scenario, score)
         self.writer.add_scalar("charts/episodic_return", score, self.update)
         self.writer.add_scalar("charts/action_std", spread, self.update)
@@ -272,11 +273,8 @@ class Run:
         save_torch(self.path / "checkpoint.pt", checkpoint, previous=self.path / "checkpoint-previous.pt")
         write_file(self.path / "config.json", json.dumps(asdict(self.args), indent=2).encode() + b"\n")
 
-    def finish(self, evaluate) -> dict:
+    def finish(self) -> dict:
         """Write results.json (evaluation.json with --eval-only) and print the closing table.
-
-        Args:
-            evaluate: (act, env, args) -> returns [S, E] of one episode in every world, for further measurements.
 
         Returns:
             what the file holds
@@ -300,11 +298,11 @@ class Run:
             "commit": git_commit(),
         }
         if args.scenario == "landmarks6":
-            results["assignments"] = {shift: evaluation.assignments(self, evaluate, shift) for shift in self.returns}
+            results["assignments"] = {shift: evaluation.assignments(self, shift) for shift in self.returns}
         name = "evaluation.json" if args.eval_only else "results.json"
         with disk_errors(self.path, f"free some space; {self.continuation()} goes on"):
             write_file(self.path / name, json.dumps(results, indent=2).encode() + b"\n")
-            video = evaluation.write_gif(self, evaluate, self.path / "policy.gif") if args.capture_video else None
+            video = evaluation.write_gif(self, self.path / "policy.gif") if args.capture_video else None
         print(evaluation.closing_table(results))
         if video:
             print(video)

@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 from baselines import shared
-from baselines.shared import ObservationNorm, Policy, act, options, settings_table
+from baselines.shared import ObservationNorm, Policy, act, action_mask, options, settings_table
 from dom2_mpe import Algorithm, adam, gradient_step, parse, program, sample_transitions, train
 
 
@@ -54,13 +54,13 @@ class Batch(NamedTuple):
 
 def bc_loss(policy, batch: Batch) -> Tensor:
     """E[(pi(o) - a)^2], mean over the action's entries: [L]."""
-    return (policy(batch.obs) - batch.action).square().mean((1, 2))
+    return policy.own_mean((policy(batch.obs) - batch.action).square())
 
 
 def make_learners(args: Args, env) -> nn.ModuleDict:
     """Observation moments and policies, with a leading learner axis."""
     L = args.num_seeds * env.num_agents
-    policy = Policy(L, env.obs_size, env.action_size, args.widths)
+    policy = Policy(L, env.obs_size, env.action_size, args.widths, action_mask(args, env))
     return nn.ModuleDict({"norm": ObservationNorm(L, env.obs_size), "policy": policy}).to(env.device)
 
 

@@ -106,7 +106,7 @@ def policy_loss(policy, critic, batch: CQLBatch, args: Args):
     """-E[Q1(o, pi(o))] + action_penalty E[pi(o)^2]: [L], and a dict of metrics [L]."""
     action = policy(batch.obs)
     q = critic.q1(batch.obs, action).mean(1)
-    return args.action_penalty * action.square().mean((1, 2)) - q, {"charts/q_policy": q.detach()}
+    return args.action_penalty * policy.own_mean(action.square()) - q, {"charts/q_policy": q.detach()}
 
 
 def update(learners: nn.ModuleDict, optimizers: dict, batch: CQLBatch, args: Args) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 from baselines import shared
-from baselines.shared import MLP, OWN, SCENARIOS, options, settings_table
+from baselines.shared import MLP, OWN, SCENARIOS, action_mask, options, settings_table
 from dom2_mpe import (
     NOISE_NETS,
     Algorithm,
@@ -191,7 +191,7 @@ def make_learners(args: Args, env) -> nn.ModuleDict:
     """Behaviour policies, critics and the critics' target copies, with a leading learner axis."""
     sizes = args.num_seeds * env.num_agents, env.obs_size, env.action_size
     net, schedule = NOISE_NETS[args.noise_net](*sizes, args.widths), NoiseSchedule(beta_max=args.beta_max)
-    learners = {"policy": DiffusionPolicy(net, schedule, args.diffusion_steps, "noise")}
+    learners = {"policy": DiffusionPolicy(net, schedule, args.diffusion_steps, "noise", action_mask(args, env))}
     learners |= {name: Critic(*sizes, args.critic_widths) for name in ("critic", "target_critic")}
     learners["target_critic"].load_state_dict(learners["critic"].state_dict())
     learners["target_critic"].requires_grad_(False)

@@ -86,7 +86,7 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float
     """
     with torch.no_grad():
         shift = (noise * batch.target_noise).clamp(-clip, clip)
-        next_action = (target_policy(batch.next_obs) + shift).clamp(-1, 1)
+        next_action = (target_policy(batch.next_obs) + shift).clamp(-1, 1) * target_policy.mask
         next_q = target_critic(batch.next_obs, next_action).amin(1)
         target = batch.reward + gamma * (1 - batch.done) * next_q  # [L, B]
     q = critic(batch.obs, batch.action)  # [L, 2, B]
@@ -100,7 +100,7 @@ def policy_loss(policy, critic, batch: Batch, alpha: float):
     """
     action = policy(batch.obs)
     q = critic.q1(batch.obs, action)  # [L, B]
-    bc = (action - batch.action).square().mean((1, 2))
+    bc = policy.own_mean((action - batch.action).square())
     metrics = {"losses/bc": bc.detach(), "charts/q_policy": q.detach().mean(1)}
     return -alpha * q.mean(1) / q.detach().abs().mean(1) + bc, metrics
 

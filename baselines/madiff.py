@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 from baselines import shared
-from baselines.shared import ObservationNorm, Policy, options, settings_table
+from baselines.shared import ObservationNorm, Policy, action_mask, options, settings_table
 from dom2_mpe import NoiseSchedule, StackedLinear, TimeFeatures, adam, dpm_solver, gradient_step, parse, program, train
 from run import Algorithm
 from utils.data import draw
@@ -163,7 +163,7 @@ def trajectory_loss(denoiser, schedule, batch: Batch) -> Tensor:
 def inverse_loss(inverse, batch: Batch) -> Tensor:
     """E[(f(o, o') - a)^2], [L]."""
     action = inverse(torch.cat([batch.obs[:, :, 0], batch.next_obs], -1))
-    return (action - batch.action).square().mean((1, 2))
+    return inverse.own_mean((action - batch.action).square())
 
 
 def plan(denoiser, first: Tensor, known: Tensor, noise: Tensor, args: Args) -> Tensor:
@@ -187,7 +187,7 @@ def make_learners(args: Args, env) -> nn.ModuleDict:
     """Observation moments, joint denoisers and inverse dynamics, with a leading learner axis."""
     L, d = args.num_seeds * env.num_agents, env.obs_size
     denoiser = Denoiser(L, env.num_agents, d, args.width, args.num_blocks)
-    inverse = Policy(L, 2 * d, env.action_size, args.inverse_widths)
+    inverse = Policy(L, 2 * d, env.action_size, args.inverse_widths, action_mask(args, env))
     return nn.ModuleDict({"norm": ObservationNorm(L, d), "denoiser": denoiser, "inverse": inverse}).to(env.device)
 
 

@@ -174,16 +174,17 @@ def policy_loss(policy, critic, batch: Batch, args: Args):
     q = critic.q1(batch.obs, action)  # [L, B]
     with torch.no_grad():
         q_fn = partial(q_of_candidates, critic.q1, batch.obs)
-        found, found_q = zeroth_order(q_fn, batch.sampler_noise, args.omar_sigma, args.omar_elites)
+        noise = batch.sampler_noise * policy.mask[:, None]  # samples stay 0 where an agent has no action entry
+        found, found_q = zeroth_order(q_fn, noise, args.omar_sigma, args.omar_elites)
         target = torch.where((found_q > q)[..., None], found, action)
-    mimic = (action - target).square().mean((1, 2))
+    mimic = policy.own_mean((action - target).square())
     loss = args.omar_coe * mimic - (1 - args.omar_coe) * q.mean(1)
     metrics = {
         "charts/q_policy": q.detach().mean(1),
         "charts/q_sampler": found_q.mean(1),
         "losses/mimic": mimic.detach(),
     }
-    return loss + args.action_penalty * action.square().mean((1, 2)), metrics
+    return loss + args.action_penalty * policy.own_mean(action.square()), metrics
 
 
 def sample_batch(data, args: Args) -> Batch:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from common import DATASETS
 from dom2_mpe import StackedLinear, TwinCritic, adam, gradient_step, q_of_candidates, sample_transitions, soft_update
+from mamujoco_env import SCENARIOS as ROBOTS
 from own_env import OWN
 from particle_env import SCENARIOS
 from utils import options
@@ -30,16 +32,18 @@ from utils.options import Count, Discount, Natural, Share, Weight, Widths, scena
 class DataArgs(options.DataArgs):
     """What to learn from."""
 
-    scenario: scenario_of("simple_spread", "simple_tag", "simple_world", "landmarks6", "HalfCheetah") = "simple_tag"
-    """simple_spread, simple_tag, simple_world, landmarks6, HalfCheetah, or module:function, one of your own"""
+    scenario: scenario_of(*SCENARIOS, *ROBOTS) = "simple_tag"
+    """simple_spread, simple_tag, simple_world, landmarks6, a MuJoCo task, or module:function, one of your own"""
     augment: bool = False
     """replicate high-return trajectories (DOM2's Algorithm 1)"""
     prey: str | None = None
     """frozen prey of simple_tag and simple_world; default: pretrained/; for data from elsewhere give theirs"""
     agent_conf: str | None = None
-    """partition of HalfCheetah's joints among agents, such as 6x1; default: 2x3"""
+    """partition of a MuJoCo task's joints among agents, such as 6x1; default: HalfCheetah 2x3"""
     agent_obsk: Natural = 0
-    """an agent of HalfCheetah sees its own joints, and the angles of those at most so many joints away"""
+    """an agent of a MuJoCo task sees its own joints, and the angles of those at most so many joints away"""
+    global_categories: tuple[Literal["qpos", "qvel"], ...] = ()
+    """it also sees positions (qpos), velocities (qvel) or both of what no agent's joints have, as of the torso"""
 
 
 @dataclass
@@ -69,13 +73,16 @@ def settings_table(particles: dict, mujoco: dict, rows: dict) -> dict:
 
     Args:
         particles, mujoco: options of a whole family; environments of the user's own have those of particles.
-        rows: {scenario: {dataset: options}}; landmarks6 takes those of simple_spread where it has none.
+        rows: {scenario: {dataset: options}}; where they have none, landmarks6 takes those of simple_spread, and a
+            MuJoCo task those of HalfCheetah.
     """
     own, particles = particles, dict(eval_interval=1_000, eval_episodes=1_000, shift=("speed",)) | particles
     mujoco = dict(eval_interval=5_000, eval_episodes=32, shift=("random", "extreme")) | mujoco
     table = {}
-    for scenario, family in {**dict.fromkeys(SCENARIOS, particles), OWN: own, "HalfCheetah": mujoco}.items():
-        row = rows.get(scenario, rows.get("simple_spread", {}) if scenario == "landmarks6" else {})
+    families = {**dict.fromkeys(SCENARIOS, particles), OWN: own, **dict.fromkeys(ROBOTS, mujoco)}
+    for scenario, family in families.items():
+        model = {"landmarks6": "simple_spread", **dict.fromkeys(ROBOTS, "HalfCheetah")}.get(scenario)
+        row = rows.get(scenario, rows.get(model, {}))
         shift = {"shift": ("dismiss",)} if scenario == "landmarks6" else {}
         table |= {(scenario, dataset): family | row.get(dataset, {}) | shift for dataset in DATASETS}
     return table
@@ -124,16 +131,27 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-class Policy(MLP):
-    """Deterministic policies pi(o): [L, B, d] -> actions [L, B, A] in [-1, 1]."""
+def action_mask(args, env) -> Tensor | None:
+    """What a policy takes as `mask`: [L, 1, A], 0 for entries that an agent does not have. None: all have as many."""
+    mask = getattr(env, "action_mask", None)  # [n, A]
+    return None if mask is None else mask.repeat(args.num_seeds, 1)[:, None]
 
-    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths):
+
+class Policy(MLP):
+    """Deterministic policies pi(o): [L, B, d] -> actions [L, B, A] in [-1, 1], 0 where `mask` [L, 1, A] is 0."""
+
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, mask=None):
         super().__init__(num_learners, [obs_size, *widths, action_size])
+        self.register_buffer("mask", torch.ones(1, 1, 1) if mask is None else mask, persistent=False)
         with torch.no_grad():  # actions near 0, far from where tanh is flat
             self.layers[-1].weight.uniform_(-3e-3, 3e-3)
 
     def forward(self, obs: Tensor) -> Tensor:
-        return torch.tanh(super().forward(obs))
+        return torch.tanh(super().forward(obs)) * self.mask
+
+    def own_mean(self, x: Tensor) -> Tensor:
+        """Mean over the minibatch and an agent's own entries of x [L, B, A], which is 0 in the others: [L]."""
+        return x.mean((1, 2)) / self.mask.mean((1, 2))
 
 
 class BatchNormCritic(TwinCritic):
@@ -152,7 +170,7 @@ def make_actor_critic(args, env) -> nn.ModuleDict:
     critic_class = BatchNormCritic if getattr(args, "batch_norm", False) else TwinCritic
     L = args.num_seeds * env.num_agents
     learners = nn.ModuleDict({"norm": ObservationNorm(L, env.obs_size)})
-    for name, network in (("policy", Policy), ("critic", critic_class)):
+    for name, network in (("policy", partial(Policy, mask=action_mask(args, env))), ("critic", critic_class)):
         for key in (name, f"target_{name}"):
             learners[key] = network(L, env.obs_size, env.action_size, args.widths)
         learners[f"target_{name}"].load_state_dict(learners[name].state_dict())
@@ -223,11 +241,13 @@ def sample_cql_batch(data, args) -> CQLBatch:
 
 def proposals(policy, batch, noise: float):
     """Uniform actions, noisy actions of the policy at o and at o': each [L, B, K, A] with log-densities [L, B, K]."""
-    yield batch.random_actions, torch.full_like(batch.random_actions, math.log(0.5)).sum(-1)
+    mask = policy.mask[:, None]
+    yield batch.random_actions * mask, (torch.full_like(batch.random_actions, math.log(0.5)) * mask).sum(-1)
     for obs, eps in zip((batch.obs, batch.next_obs), batch.policy_noise, strict=True):
         if eps.numel():
             log_density = -0.5 * eps.square() - math.log(noise * math.sqrt(2 * math.pi))
-            yield (policy(obs).detach()[:, :, None] + noise * eps).clamp(-1, 1), log_density.sum(-1)
+            actions = (policy(obs).detach()[:, :, None] + noise * eps).clamp(-1, 1)
+            yield actions * mask, (log_density * mask).sum(-1)
 
 
 def cql_loss(critic, target_critic, policy, target_policy, batch, args):

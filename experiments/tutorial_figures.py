@@ -87,12 +87,8 @@ def train_critic(zeta: float, updates: int, num_seeds: int = 5) -> TwinCritic:
     learners = make_learners(args, SimpleNamespace(num_agents=1, obs_size=1, action_size=1, device="cpu"))
     optimizers = adam(learners, critic=3e-3)
     for _ in range(updates):
-        batch = sample_batch(data, args)
-
-        def no_policy(next_obs, noise):  # what acts after a terminal state does not matter
-            return noise
-
-        loss, _ = critic_loss(learners["critic"], learners["target_critic"], no_policy, batch, args.gamma, zeta)
+        batch, targets = sample_batch(data, args), (learners["target_critic"], learners["target_policy"])
+        loss, _ = critic_loss(learners["critic"], *targets, batch, args.gamma, zeta)
         gradient_step(learners, optimizers, "critic", loss, args.max_grad_norm)
     return learners["critic"]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import common
 import dom2_mamujoco
 import dom2_mpe
+import mamujoco_env
 from baselines import ma_bc, ma_cql, ma_sfbc, ma_td3bc, madiff, omar, shared
 from baselines.ma_bc import MA_BC
 from baselines.ma_cql import MA_CQL
@@ -933,8 +934,10 @@ def test_rewards_are_those_of_the_publication(name, tiny, data_dir):
 @every_baseline
 def test_settings_are_valid_and_the_command_line_wins(name):
     algorithm = BASELINES[name]
-    scenarios = (*ALL_SCENARIOS, "module:function")  # the last one: environments of the user's own
+    scenarios = (*SCENARIOS, *mamujoco_env.SCENARIOS, "module:function")  # the last one: environments of the user's own
     assert algorithm.settings.keys() == {(scenario, dataset) for scenario in scenarios for dataset in DATASETS}
+    for robot in mamujoco_env.SCENARIOS:  # no other MuJoCo task has rows of its own
+        assert all(algorithm.settings[robot, d] == algorithm.settings["HalfCheetah", d] for d in DATASETS)
     for (scenario, dataset), settings in algorithm.settings.items():
         args = algorithm.args(scenario, dataset)
         assert all(getattr(args, option) == value for option, value in settings.items())

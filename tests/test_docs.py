@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import dom2_mamujoco
 from collect_datasets import collect
+from common import task_name
+from run import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,9 +94,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     for script, arguments in COMMANDS:
         named = dict(pairwise(arguments))
-        robots = script == "dom2_mamujoco.py"
-        scenario = named.get("--scenario", "HalfCheetah" if robots else "simple_tag")
-        dataset = named.get("--dataset", "medium-replay" if robots else "random")
+        scenario, dataset = named.get("--scenario", "simple_tag"), named.get("--dataset", "random")
+        if script == "dom2_mamujoco.py":
+            args = parse(dom2_mamujoco.DOM2, "", list(arguments))
+            scenario, dataset = task_name(args), args.dataset
         if not (folder / "datasets" / scenario / dataset).exists():
             collect(scenario, dataset, folder / "datasets", num_transitions=5_000)
     return folder

@@ -949,7 +949,7 @@ def test_assignments_are_counted_from_one_start(shift):
         )
 
     run.act = wander
-    found = assignments(run, dom2_mpe.evaluate, shift, starts=1, episodes=10)
+    found = assignments(run, shift, starts=1, episodes=10)
     paths, landmarks = np.array(found["paths"]), np.array(found["landmarks"])
     assert paths.shape == (10, 26, 3, 2) and landmarks.shape == (6, 2)
     assert (paths[:, 0] == paths[0, 0]).all()  # one start
@@ -1110,7 +1110,7 @@ def test_both_scripts_of_dom2_are_the_same_text():
     mpe, mujoco = definitions("dom2_mpe.py"), definitions("dom2_mamujoco.py")
     own = {"DataArgs", "TrainingArgs", "NetworkArgs", "SETTINGS", "EVERYWHERE"}
     assert mpe.keys() - own == mujoco.keys() - own
-    assert {"dpm_solver", "TwinCritic", "critic_loss", "update", "act", "evaluate", "train", "DOM2"} < mpe.keys() - own
+    assert {"dpm_solver", "TwinCritic", "critic_loss", "update", "act", "train", "DOM2"} < mpe.keys() - own
     for name in mpe.keys() - own:
         assert mpe[name] == mujoco[name], name
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from utils.program import UserError
@@ -47,12 +49,14 @@ def has_array(path: Path, name: str, metadata: dict) -> bool:
     return (path / f"{name}_0.npy").exists() or f"{name}_0.npy" in metadata.get("checksums", {})
 
 
-def load_array(file: Path, width: int, metadata: dict, own: int) -> Tensor:
-    """One array of a dataset as float32 [T, width]. Raises UserError if it is not that.
+def load_array(file: Path, sizes: tuple[int, ...], agent: int, metadata: dict) -> Tensor:
+    """One agent's array of a dataset as float32 [T, width]. Raises UserError if it is not that.
 
     Args:
-        own: width of this agent's part, at most `width`; the columns after it are zeros. The file may leave them out.
+        sizes: how many columns each agent has, `width` the largest of them. Those that `agent` does not have become 0;
+            a file may leave them out or hold them as zeros.
     """
+    own, width = sizes[agent], max(sizes)
     if not file.is_file():
         raise damaged(file.parent, f"{file}: missing")
     if metadata and file_checksum(file) != metadata["checksums"].get(file.name):
@@ -67,13 +71,21 @@ def load_array(file: Path, width: int, metadata: dict, own: int) -> Tensor:
     if array.ndim != 2 or array.shape[1] not in (own, width):
         padded = f" or, padded with zeros, [T, {width}]" if own < width else ""
         raise UserError(f"{file}: has shape {array.shape}, expected [T, {own}]{padded}; is it another scenario's?")
-    if array[:, own:].any():
-        raise UserError(f"{file}: columns {own} to {width - 1} must be zero, as this agent sees {own} numbers")
-    if array.shape[1] < width:
-        array = np.pad(array, ((0, 0), (0, width - array.shape[1])))
     with np.errstate(over="ignore"):  # an infinity is noticed below
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
     if not tensor.isfinite().all():
         row = int((~tensor.isfinite()).any(1).nonzero()[0])
         raise damaged(file.parent, f"{file}: holds NaN or infinity, first in row {row}")
-    return tensor
+    if tensor[:, own:].any():
+        row = int(tensor[:, own:].any(1).nonzero()[0])
+        raise damaged(file.parent, f"{file}: agent {agent} has {own} columns, but others are not 0, first in row {row}")
+    return F.pad(tensor, (0, width - tensor.shape[1]))
+
+
+def episode_lengths(ended: Tensor, episode_steps: int) -> Tensor:
+    """Lengths of the episodes, [episodes]. One ends where `ended` [T] is true, or after `episode_steps` rows."""
+    lengths, ends = [], (ended.nonzero()[:, 0] + 1).tolist()
+    for start, end in pairwise([0, *ends, len(ended)]):
+        whole, rest = divmod(end - start, episode_steps)
+        lengths += [episode_steps] * whole + [rest] * (rest > 0)
+    return torch.tensor(lengths)

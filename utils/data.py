@@ -72,7 +72,8 @@ def load_version(path: Path, args, env, prey: dict | None) -> common.Dataset:
     made_with = data.metadata.get("prey_checksum")
     if prey is not None and made_with not in (None, policy_checksum(prey)):
         raise UserError(f"{path}: made with another prey; pass it as --prey, or delete the folder to make it anew")
-    warn_of_actions((data.action.abs() > 1.0001).float().mean().item(), path)
+    outside = (data.action.abs() > 1.0001).sum().item() / (data.action.shape[1] * sum(env.action_sizes))
+    warn_of_actions(outside, path, env.action_scale)
     if args.data_fraction < 1:
         data = take_share(data, args.data_fraction)
     reward = data.reward if args.raw_rewards else standardise(data.reward, data.done)
@@ -94,10 +95,10 @@ def draw(choices: tuple[Tensor, ...], num: int, *size: int) -> Tensor:
     return torch.cat([x[torch.randint(len(x), (num // len(choices), *size), device=x.device)] for x in choices])
 
 
-def warn_of_actions(outside: float, folder) -> None:
+def warn_of_actions(outside: float, folder, scale: float = 1.0) -> None:
     """Warn if a share `outside` of the action entries in `folder` is beyond what the policies can express."""
     if outside:
-        share = f"{outside:.2%} of the action entries are outside [-1, 1], where no policy here can act"
+        share = f"{outside:.2%} of the action entries are outside [-{scale:g}, {scale:g}], where no policy here can act"
         print(f"warning: {folder}: {share}; scale the actions", file=sys.stderr)
 
 

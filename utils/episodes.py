@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import common
 from collect_datasets import replaced_folder, write_arrays
+from utils.arrays import episode_lengths
 from utils.data import warn_of_actions
 from utils.program import UserError
 
@@ -83,8 +84,8 @@ class Team:
         Raises:
             UserError: they do not fit the task.
         """
-        obs, n = what == "observations", self.env.num_agents
-        widths = self.env.obs_sizes if obs else n * (self.env.action_size,)
+        obs = what == "observations"
+        widths = self.env.obs_sizes if obs else self.env.action_sizes
         if not isinstance(values, dict | tuple) and np.ndim(values) == 2:
             columns = [values[:, index] for index in self.parts(values, what)]
         else:
@@ -96,7 +97,7 @@ class Team:
         if self.env.state is None:
             raise UserError(f"{what}: have shape {values.shape}; {self.task} needs those of each agent")
         obs, robot = what == "observations", self.env.envs[0]
-        width = self.env.state.shape[1] if obs else self.env.num_agents * self.env.action_size
+        width = self.env.state.shape[1] if obs else sum(self.env.action_sizes)
         if self.agents:
             raise UserError(f"--agents {' '.join(self.agents)}: the {what} are a whole robot's; leave the option out")
         if values.shape[1] != width:
@@ -187,7 +188,7 @@ class Team:
         ended = terminals if timeouts is None else terminals | timeouts
         steps = self.env.episode_steps if timeouts is None else len(ended) + 1
         start = 0
-        for length in common.episode_lengths(torch.from_numpy(ended), steps).tolist() if len(ended) else ():
+        for length in episode_lengths(torch.from_numpy(ended), steps).tolist() if len(ended) else ():
             rows, start = slice(start, start + length), start + length
             parts = [x and [column[rows] for column in x] for x in (obs, action, reward, next_obs)]
             yield self.episode(*parts[:3], terminals[start - 1], parts[3])
@@ -282,6 +283,6 @@ def write_dataset(episodes: list[Episode], team: Team, dataset: str, path: Path,
         metadata = {"scenario": team.task, "dataset": dataset, **contents, "source": source}
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
     actions = np.concatenate([x.reshape(-1) for episode in episodes for x in episode.action])
-    warn_of_actions(float((np.abs(actions) > 1.0001).mean()), path)
+    warn_of_actions(float((np.abs(actions) > 1.0001 * env.action_scale).mean()), path, env.action_scale)
     print(f"wrote {path}: {total:,} transitions of {env.num_agents} agents")
     return metadata

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import common
 from utils.program import UserError
@@ -20,11 +21,35 @@ NAMES = {
 
 
 @torch.no_grad()
-def action_std(act, data: common.Dataset, num_seeds: int) -> float:
-    """Spread of the actions that one observation gets, averaged over 256 observations; 0: a deterministic policy."""
+def evaluate(act, env, args) -> Tensor:
+    """Team returns [S, E] of one episode in every world of `env`; each seed's team plays E = num_envs / S of them.
+
+    `act` maps observations [L, E, d] and a torch.Generator to actions [L, E, A]. `env` has the interface of TeamEnv.
+    """
+    S, n, E = args.num_seeds, env.num_agents, env.num_envs // args.num_seeds
+    generator = torch.Generator(env.device).manual_seed(args.seed + 20_000)
+    obs, returns = env.reset(), torch.zeros(env.num_envs, device=env.device)
+    for _ in range(env.episode_steps):
+        x = obs.view(S, E, n, -1).transpose(1, 2).flatten(0, 1)  # [S E, n, d] -> [L, E, d]
+        actions = act(x, generator).view(S, n, E, -1).transpose(1, 2).flatten(0, 1)  # [L, E, A] -> [S E, n, A]
+        obs, rewards, terminated = env.step(actions)
+        returns += rewards.mean(-1)
+        if terminated.all():
+            break
+    return returns.view(S, E)
+
+
+@torch.no_grad()
+def action_std(act, data: common.Dataset, num_seeds: int, mask: torch.Tensor | None = None) -> float:
+    """Spread of the actions that one observation gets, averaged over 256 observations; 0: a deterministic policy.
+
+    Args:
+        mask: [n, A], 1 for the entries to average over; None: all.
+    """
     obs = data.obs[:, :: max(1, data.obs.shape[1] // 256)][:, :256].repeat(num_seeds, 1, 1)  # [L, 256, d]
     generator = torch.Generator(obs.device).manual_seed(0)
-    return torch.stack([act(obs, generator) for _ in range(16)]).std(0).mean().item()
+    std = torch.stack([act(obs, generator) for _ in range(16)]).std(0)  # [L, 256, A]
+    return (std if mask is None else std.unflatten(0, (num_seeds, -1)).mT[:, mask > 0]).mean().item()
 
 
 def milliseconds_per_action(act, env, num_seeds: int) -> float:
@@ -38,7 +63,7 @@ def milliseconds_per_action(act, env, num_seeds: int) -> float:
     return round(1e3 * sorted(times)[15], 3)
 
 
-def assignments(run, evaluate, shift: str, starts: int = 20, episodes: int = 100) -> dict:
+def assignments(run, shift: str, starts: int = 20, episodes: int = 100) -> dict:
     """How many ways the team finds from the same first state (Figures 1 and 2): at the end, which landmark is whose?
 
     Returns:
@@ -73,7 +98,7 @@ def assignments(run, evaluate, shift: str, starts: int = 20, episodes: int = 100
     }
 
 
-def write_gif(run, evaluate, path: Path) -> str:
+def write_gif(run, path: Path) -> str:
     """Seed 0's team in the standard environment as an animated GIF: four short episodes, or 300 steps of a long one.
 
     Returns:

@@ -38,6 +38,7 @@ class TrainedPolicy:
         self.args, self.algorithm, self.prey = replace(args, num_seeds=1), algorithm, checkpoint["prey"]
         env = common.make_env(common.task_name(args))
         self.agents, self.obs_size, self.boxes = env.agents, env.obs_size, getattr(env, "boxes", {})
+        self.action_sizes, self.action_scale = env.action_sizes, env.action_scale
         self.sizes = dict(zip(env.agents, env.obs_sizes, strict=True))  # of every agent's observation
         if self.prey is not None:
             self.prey_name = SCENARIOS[args.scenario].agents[-1]
@@ -49,7 +50,7 @@ class TrainedPolicy:
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def __call__(self, observations: dict) -> dict:
-        """{agent: observation [d_i]} -> {agent: action [A], float32}.
+        """{agent: observation [d_i]} -> {agent: action [A_i], float32}, in the range of the agent's action space.
 
         In an environment of one's own the actions are as its Box takes them, elsewhere in [-1, 1].
 
@@ -64,7 +65,8 @@ class TrainedPolicy:
                 raise UserError(f"observation of {name} has shape {tuple(obs[name].shape)}, expected ({size},)")
         stacked = torch.stack([F.pad(obs[name], (0, self.obs_size - self.sizes[name])) for name in self.agents])
         actions = self.algorithm.act(self.learners, stacked[:, None], self.args, self.generator)[:, 0]
-        named = dict(zip(self.agents, actions.numpy(), strict=True))
+        actions = (actions * self.action_scale).numpy()
+        named = {name: a[:size] for name, a, size in zip(self.agents, actions, self.action_sizes, strict=True)}
         named |= {name: from_unit(box, named[name]) for name, box in self.boxes.items()}
         if self.prey is not None:
             named[self.prey_name] = policy_action(self.prey, obs[self.prey_name]).numpy()
