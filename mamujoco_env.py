@@ -95,7 +95,7 @@ def make_robots(task: str, num_envs: int, render_mode: str | None) -> list:
     agent_conf, _, agent_obsk = (partition or f"{SCENARIOS[scenario]}-obsk0").partition("-obsk")
     options = {"global_categories": (), "render_mode": render_mode}
     if render_mode is not None:
-        options |= {"width": 300, "height": 300}
+        options |= {"width": 300, "height": 300, "camera_name": "track"}  # most robots have this camera
     with quiet():
         from gymnasium_robotics import mamujoco_v1
 
