@@ -32,7 +32,7 @@ from utils.options import parse_groups
 from utils.program import UserError, catch_signals, disk_errors, save_torch, write_file
 from utils.provenance import git_commit, hardware, script_command
 
-# Options that may change when a run is continued or evaluated again.
+# Options that may change when a run is continued or evaluated again; with a policy file also --run-dir.
 MACHINE = {"data_dir", "cuda", "compile", "resume", "eval_only", "capture_video"}
 WITH_RESUME = MACHINE | {"track", "updates", "lr", "actor_lr", "critic_lr", "eval_interval", "eval_episodes", "shift"}
 WITH_EVAL_ONLY = MACHINE | {"eval_episodes", "eval_candidates", "eval_alpha", "shift"}
@@ -93,7 +93,7 @@ def scenario_prey(args) -> dict | None:
 
 
 class Run:
-    """A run and its folder: a new one, or the one that --resume or --eval-only names.
+    """A run and its folder: a new one, or the one that --resume or --eval-only names. A policy file gets a new one.
 
     Attributes:
         args: the options; device: where to compute; prey: the frozen prey's parameters, or None; path: the folder.
@@ -113,7 +113,7 @@ class Run:
         if args.resume and args.eval_only:
             raise UserError(f"--eval-only {args.eval_only}: cannot be combined with --resume; give one of them")
         if args.resume or args.eval_only:
-            self.path = Path(args.resume or args.eval_only)
+            self.path = Path(args.resume or args.eval_only)  # a policy file gets a run folder in `training`
             stored, self.checkpoint = load_checkpoint(self.path, algorithm)
             self._compare(stored)
         if args.track and not args.eval_only and importlib.util.find_spec("wandb") is None:
@@ -128,8 +128,11 @@ class Run:
 
     def _compare(self, stored) -> None:
         """Raise a UserError if an option differs from the run's own and can no longer be changed."""
-        args, done = self.args, self.checkpoint["updates"]
+        args, done, policy_only = self.args, self.checkpoint["updates"], self.checkpoint["optimizers"] is None
+        if args.resume and policy_only:
+            raise UserError(f"--resume {self.path}: a policy file has no critics to train on with; give a run folder")
         option, may = ("--resume", WITH_RESUME) if args.resume else ("--eval-only", WITH_EVAL_ONLY)
+        may = may | {"run_dir"} if policy_only else may
         for field in fields(args):
             value, own = getattr(args, field.name), getattr(stored, field.name)
             if value != own and field.name not in may:
@@ -165,7 +168,10 @@ class Run:
         self.learners, self.optimizers, self.data = learners, optimizers, data
         if self.checkpoint is not None:
             restore(learners, optimizers, self.checkpoint, self.path)
-            torch.set_rng_state(self.checkpoint["rng"])
+            if self.checkpoint["optimizers"] is None:  # a policy file
+                self.path = new_run_dir(self.args, self.algorithm.name)
+            else:
+                torch.set_rng_state(self.checkpoint["rng"])
             if self.device.type == "cuda" and self.checkpoint["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
         if self.args.eval_only:

@@ -16,7 +16,8 @@ from common import task_name
 from run import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / folder / "README.md" for folder in (".", "results", "pretrained/policies"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

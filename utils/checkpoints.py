@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from utils.policy_files import policy_file, policy_names, read_policy
 from utils.program import UserError, load_torch
 
 
@@ -51,23 +52,40 @@ def locked(path: Path):
         lock.release()
 
 
-def load_checkpoint(path: str | Path, algorithm) -> tuple:
-    """Options and contents of a run folder's checkpoint, or of the one before it if the newest cannot be read.
+def checkpoint_file(path: str | Path) -> Path:
+    return policy_file(path) or Path(path) / "checkpoint.pt"
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Contents of a run folder's checkpoint, or of the one before it if the newest cannot be read, or of a policy file.
 
     Raises:
-        UserError: there is none, or it is damaged or another program's.
+        UserError: there is none, or it is damaged.
     """
+    if (file := policy_file(path)) is not None:
+        return read_policy(file)
     newest, previous = Path(path) / "checkpoint.pt", Path(path) / "checkpoint-previous.pt"
     if not newest.exists() and not previous.exists():
-        raise UserError(f"{path}: no run folder, there is no checkpoint.pt in it; give a folder such as runs/NAME")
+        there = f"a folder such as runs/NAME, or a trained policy: {', '.join(policy_names())}"
+        raise UserError(f"{path}: no run folder, there is no checkpoint.pt in it; give {there}")
     try:
-        checkpoint = load_torch(newest)
+        return load_torch(newest)
     except UserError as error:
         if not previous.exists():
             raise
         checkpoint = load_torch(previous)
         os.replace(previous, newest)
         print(f"warning: {error}; using the one before", file=sys.stderr)
+        return checkpoint
+
+
+def load_checkpoint(path: str | Path, algorithm) -> tuple:
+    """Options and contents of what `read_checkpoint` finds, if it is of this algorithm.
+
+    Raises:
+        UserError: there is none, or it is damaged or another program's.
+    """
+    checkpoint, file = read_checkpoint(path), checkpoint_file(path)
     try:
         needed = {"algorithm", "updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"}
         if not needed <= checkpoint.keys():
@@ -77,21 +95,28 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
             return algorithm.Args(**options), checkpoint
     except (KeyError, TypeError, AttributeError, UserError):
-        raise UserError(f"{newest}: not a checkpoint of this script; give a run folder that it wrote") from None
-    raise UserError(f"{newest}: a run of {made_by}, not of {algorithm.name}; give a run folder that this script wrote")
+        raise UserError(f"{file}: not a checkpoint of this script; give a run folder that it wrote") from None
+    raise UserError(f"{file}: a run of {made_by}, not of {algorithm.name}; give a run folder that this script wrote")
 
 
 def restore(learners, optimizers: dict, checkpoint: dict, path: str | Path) -> None:
-    """Load parameters and optimiser states. Learning rates and what a device needs stay those of `optimizers`."""
+    """Load parameters and optimiser states. Learning rates and what a device needs stay those of `optimizers`.
+
+    Of a policy file, load the policy; everything else stays as it is, since acting does not need it.
+    """
+    state = checkpoint["learners"]
+    if checkpoint["optimizers"] is None:
+        optimizers, others = {}, {k: v for k, v in learners.state_dict().items() if not k.startswith("policy.")}
+        state = others | state
     try:
-        learners.load_state_dict(checkpoint["learners"])
+        learners.load_state_dict(state)
         for name, optimizer in optimizers.items():
             own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(checkpoint["optimizers"][name])
             for group, values in zip(optimizer.param_groups, own, strict=True):
                 group.update(values)
     except (KeyError, RuntimeError, ValueError):
-        raise UserError(f"{path}/checkpoint.pt: its networks do not fit its options; the file is damaged") from None
+        raise UserError(f"{checkpoint_file(path)}: its networks do not fit its options; the file is damaged") from None
 
 
 def finite_state(learners, optimizers: dict, num_learners: int) -> Tensor:

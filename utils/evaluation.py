@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
@@ -104,8 +105,6 @@ def write_gif(run, path: Path) -> str:
     Returns:
         a line that says where it is, or why there is none
     """
-    from PIL import Image
-
     args = run.args
     episodes, every = (4, 1) if run.make_env(1).episode_steps < 100 else (1, 2)
     try:
@@ -118,7 +117,7 @@ def write_gif(run, path: Path) -> str:
     def recorded_step(actions):
         if next(taken) % every == 0:
             for i, episode in enumerate(frames):
-                episode.append(Image.fromarray(env.render(i)))
+                episode.append(env.render(i))
         return step(actions)
 
     env.step = recorded_step
@@ -126,9 +125,30 @@ def write_gif(run, path: Path) -> str:
         evaluate(run.act, env, args)
     except RuntimeError as error:
         return f"--capture-video: {error}"
-    images = [image for episode in frames for image in episode]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
+    save_video([image for episode in frames for image in episode], path)
     return f"wrote {path}"
+
+
+def save_video(images: Iterable, path: Path) -> None:
+    """Write images, uint8 [height, width, 3], as an endless .gif or an .mp4 with ten of them per second.
+
+    Raises:
+        UserError: the file's name ends otherwise, or a package that writes .mp4 is missing.
+    """
+    if path.suffix == ".gif":
+        from PIL import Image
+
+        first, *others = map(Image.fromarray, images)
+        first.save(path, save_all=True, append_images=others, duration=100, loop=0)
+        return
+    if path.suffix != ".mp4":
+        raise UserError(f"{path}: must end with .gif or .mp4")
+    try:
+        import imageio.v2 as imageio
+        import imageio_ffmpeg  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path}: {error}; run `pip install imageio imageio-ffmpeg`, or write a .gif") from None
+    imageio.mimsave(path, list(images), fps=10, macro_block_size=2)
 
 
 def closing_table(results: dict) -> str:

@@ -123,7 +123,7 @@ class RunArgs(Options):
     resume: str | None = None
     """run folder to continue from its checkpoint; --updates and the learning rates may be changed"""
     eval_only: str | None = None
-    """run folder whose checkpoint to evaluate without training"""
+    """run folder (or policy file, or name of a policy in pretrained/policies) to evaluate without training"""
     capture_video: bool = False
     """write a GIF of the trained policy to the run folder"""
     track: bool = False

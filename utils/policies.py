@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor
 import common
 from own_env import from_unit
 from particle_env import SCENARIOS
-from utils.checkpoints import load_checkpoint, restore
+from utils.checkpoints import checkpoint_file, load_checkpoint, read_checkpoint, restore
+from utils.evaluation import NAMES
 from utils.frozen import policy_action
 from utils.program import UserError
 
@@ -25,10 +27,34 @@ def as_tensor(x) -> Tensor:
     return torch.from_numpy(np.array(x, np.float32, order="C"))  # a copy, as x may be read-only
 
 
+def algorithm_of(path: str | Path):
+    """The Algorithm that made a run folder or a policy file.
+
+    Raises:
+        UserError: there is none, or it is damaged or another program's.
+    """
+    checkpoint = read_checkpoint(path)
+    facts = checkpoint if isinstance(checkpoint, dict) else {}
+    name, args = facts.get("algorithm"), facts.get("args")
+    if name not in list(NAMES) or not isinstance(args, dict):
+        raise UserError(f"{checkpoint_file(path)}: no checkpoint of these scripts; give a run folder or a policy file")
+    module = f"baselines.{name}"
+    if name == "dom2":
+        module = "dom2_mamujoco" if "agent_conf" in args else "dom2_mpe"
+    return getattr(importlib.import_module(module), name.upper())
+
+
 class TrainedPolicy:
     """A trained team as a function from PettingZoo observations to actions, both dicts by agent name; can be pickled.
 
     The agents of one seed act, and with them the frozen prey where the scenario has one.
+
+    Args:
+        path: a run folder, a policy file, or the name of a policy in pretrained/policies such as "simple_tag-random".
+        seed_index: which of its seeds.
+
+    Raises:
+        UserError: there is no such policy or seed, or it is damaged or another algorithm's.
     """
 
     def __init__(self, path: str | Path, seed_index: int = 0, *, algorithm):
@@ -46,7 +72,7 @@ class TrainedPolicy:
         self.learners = algorithm.make_learners(self.args, env)
         # the learner axis is seed-major: cut out this seed's agents
         chosen = {k: v.unflatten(0, (args.num_seeds, -1))[seed_index] for k, v in checkpoint["learners"].items()}
-        restore(self.learners, {}, {"learners": chosen}, path)
+        restore(self.learners, {}, checkpoint | {"learners": chosen}, path)
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def __call__(self, observations: dict) -> dict:

@@ -1,0 +1,118 @@
+"""Write what acting needs of finished DOM2 runs to one policy file each, which `load_policy` and `--eval-only` take.
+
+    python experiments/export_policies.py runs/NAME                  # writes pretrained/policies/<task>-<dataset>
+    python experiments/export_policies.py runs/NAME --num-seeds 1    # only the first seed's team
+    python experiments/export_policies.py --output my_policies runs/ONE runs/ANOTHER --dtype float32
+
+A policy file can be exported again with fewer seeds. pretrained/policies/README.md lists the files there.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
+
+import common
+from experiments.report import markdown_table, read, write
+from utils.checkpoints import load_checkpoint
+from utils.policies import algorithm_of
+from utils.policy_files import DTYPES, POLICIES, read_policy, write_policy
+from utils.program import UserError, disk_errors, program
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """run folders of finished DOM2 runs, or policy files"""
+    output: str | None = None
+    """folder of the policy files; default: pretrained/policies of this repository"""
+    dtype: Literal[tuple(DTYPES)] = "float16"
+    """of the policies' weight matrices"""
+    num_seeds: int | None = None
+    """the first so many seeds of each run; default: all"""
+
+
+# Options of where and how a run was made. A policy file has their defaults, so that it names no folder of a machine.
+MACHINE = ("data_dir", "run_dir", "cuda", "compile", "resume", "eval_only", "capture_video", "track")
+OF_RESULTS = (
+    *("algorithm", "scenario", "dataset", "num_seeds", "updates", "eval_episodes", "returns", "data", "hardware"),
+    *("seconds", "command", "commit"),
+)
+
+
+PAGE = """# Trained policies
+
+Each file holds DOM2's policies of one run: what acting needs, no critics and optimisers.
+[How to load, evaluate and play them](../../docs/environments.md#trained-policies).
+The table shows mean returns over the seeds, in the standard and in the shifted environments, with the last parameters.
+`python experiments/export_policies.py` writes the files and this page.
+
+"""
+
+
+def prepare(run: str, num_seeds: int | None) -> tuple[str, dict, dict]:
+    """The name of a run's policy file, and the checkpoint and the results with which `write_policy` makes it.
+
+    Raises:
+        UserError: the run is not finished or another algorithm's, or has fewer seeds.
+    """
+    algorithm = algorithm_of(run)
+    if algorithm.name != "dom2":
+        raise UserError(f"{run}: a run of {algorithm.name}; only DOM2 can be exported, others act with more networks")
+    args, checkpoint = load_checkpoint(run, algorithm)
+    results = checkpoint.get("results") or read(Path(run) / "results.json")
+    if results is None or results["updates"] != checkpoint["updates"]:
+        raise UserError(f"{run}: not finished, or trained further since; --resume {run} writes its results.json anew")
+    S, K = args.num_seeds, args.num_seeds if num_seeds is None else num_seeds
+    if not 1 <= K <= S:
+        raise UserError(f"--num-seeds {K}: {run} holds {S} seeds")
+    policy = {name: x for name, x in checkpoint["learners"].items() if name.startswith("policy.")}
+    policy = {name: x.unflatten(0, (S, -1))[:K].flatten(0, 1) for name, x in policy.items()}
+    defaults = asdict(algorithm.args(args.scenario, args.dataset))
+    options = asdict(args) | {name: defaults[name] for name in MACHINE} | {"num_seeds": K}
+    returns = {shift: x[:K] for shift, x in results["returns"].items()}
+    results = {name: results[name] for name in OF_RESULTS} | {"num_seeds": K, "returns": returns}
+    return f"{common.task_name(args)}-{args.dataset}".replace(":", "."), checkpoint | {"learners": policy, "args": options}, results
+
+
+def table(folder: Path) -> str:
+    """A page with one row for each policy file in a folder: the returns of the runs that made them."""
+    lines = [["policy", "seeds", "standard", "normalised", "shifted", "mean of the dataset", "kB"]]
+    for file in sorted(folder.glob("*.safetensors")):
+        results = read_policy(file)["results"]
+        mean = {shift: sum(x) / len(x) for shift, x in results["returns"].items()}
+        standard, data = mean.pop("none"), results["data"]["mean"]
+        score = common.normalised_score(results["scenario"], standard)
+        shifted = ", ".join(f"{shift} {x:.1f}" for shift, x in mean.items())
+        lines.append([f"`{file.stem}`", str(results["num_seeds"]), f"{standard:.1f}"])
+        lines[-1] += ["-" if score is None else f"{score:.1f}", shifted or "-", f"{data:.1f}"]
+        lines[-1].append(str(round(file.stat().st_size / 1000)))
+    return PAGE + markdown_table(lines)
+
+
+def export(args: Args) -> None:
+    folder, made = Path(args.output or POLICIES), {}
+    for run in args.runs:
+        name, *contents = prepare(run, args.num_seeds)
+        if name in made:
+            raise UserError(f"{run}: another of the runs makes {name}.safetensors too; give one of them")
+        made[name] = contents
+    with disk_errors(folder, "free some space"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (checkpoint, results) in made.items():
+            file = folder / f"{name}.safetensors"
+            verb = "replaced" if file.exists() else "wrote"
+            write_policy(file, checkpoint, results, args.dtype)
+            print(f"{verb} {file}: seeds: {results['num_seeds']}, {args.dtype}, {file.stat().st_size:,} bytes")
+        if folder.resolve() == POLICIES:
+            write(folder / "README.md", table(folder))
+
+
+if __name__ == "__main__":
+    program(lambda: export(tyro.cli(Args, description=__doc__)))
