@@ -46,8 +46,8 @@ from common import DATASETS
 from particle_env import SCENARIOS, ParticleEnv
 from utils.arrays import file_checksum
 from utils.frozen import load_behaviour, policy_action, policy_checksum
-from utils.options import DatasetName, Options, Weight
-from utils.program import UserError, program, usable_cores
+from utils.options import DatasetName, Options, Seed, Weight, lines
+from utils.program import UserError, disk_errors, program, usable_cores
 
 ACTION_NOISE = 0.1  # of the medium and expert datasets
 BLOCK = 25  # episodes of MuJoCo that one core rolls out together
@@ -72,7 +72,7 @@ class Args(Options):
     """transitions of each dataset; of medium-replay at most this many, as its buffer holds fewer"""
     data_dir: str = "datasets"
     """folder of the datasets"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the rollouts"""
     overwrite: bool = False
     """replace datasets that exist"""
@@ -273,6 +273,7 @@ def replaced_folder(target: Path, overwrite: bool):
     Raises:
         UserError: the disk refuses.
     """
+    missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     temporary = target.with_name(f".{target.name}-{os.getpid()}-{time.time_ns()}.tmp")
     replaced = temporary.with_suffix(".old")
     for left in (*target.parent.glob(".*.tmp"), *target.parent.glob(".*.old")):
@@ -280,21 +281,25 @@ def replaced_folder(target: Path, overwrite: bool):
             if time.time() - left.stat().st_mtime > 86_400:  # no dataset takes a day: a killed process left it
                 shutil.rmtree(left, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if overwrite and target.exists():
-            os.rename(target, replaced)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not target.exists():
-                raise
-            print(f"{target}: another process has just made it; keeping that one")
-    except OSError as error:
-        raise UserError(f"{target}: {error.strerror or error}; free some space or choose another --data-dir") from None
+        with disk_errors(target, "free some space or choose another --data-dir"):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if overwrite and target.exists():
+                os.rename(target, replaced)
+            try:
+                os.rename(temporary, target)
+            except OSError:
+                if not target.exists():
+                    raise
+                print(f"{target}: another process has just made it; keeping that one")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            os.rename(replaced, target)
         shutil.rmtree(replaced, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # it holds something now
+                folder.rmdir()
 
 
 def prey_obs_size(task: str) -> int | None:
@@ -319,10 +324,10 @@ def collect(
     Raises:
         UserError: it exists and `overwrite` is off, behaviour policies are missing, or the disk refuses.
     """
+    args = Args((task,), (dataset,), num_transitions, data_dir, seed, overwrite, pretrained_dir, action_noise)
+    num_transitions, seed, action_noise = args.num_transitions, args.seed, args.action_noise  # checked and converted
     path = common.dataset_path(data_dir, task, dataset)
     env, target = common.make_env(task), path.parent
-    if dataset not in DATASETS:
-        raise UserError(f"--dataset {dataset}: unknown; choose one of {', '.join(DATASETS)}")
     if task not in PUBLISHED and dataset != "random":
         raise UserError(
             f"{path}: missing, and there are no behaviour policies of {task} to make it with, only random data; put "
@@ -352,7 +357,7 @@ def collect(
             "prey_checksum": behaviour["prey"] and policy_checksum(behaviour["prey"]),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }
-        (folder / path.name / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        (folder / path.name / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     return metadata
 
 
@@ -370,7 +375,7 @@ def print_table(made: list[dict]) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=lines(__doc__))
     for task in args.scenario:
         common.make_env(task)  # all names are checked before anything is made
     made = []

@@ -28,7 +28,7 @@ from utils.checkpoints import finite_state, load_checkpoint, locked, new_run_dir
 from utils.data import statistics
 from utils.frozen import load_prey, policy_action
 from utils.options import parse_groups
-from utils.program import UserError, catch_signals, disk_errors, save_torch, write_file
+from utils.program import UserError, catch_signals, counted, disk_errors, save_torch, write_file
 from utils.provenance import git_commit, hardware, script_command
 
 # Options that may change when a run is continued or evaluated again.
@@ -171,8 +171,11 @@ class Run:
         if self.checkpoint is None:
             self.path, self.stats = new_run_dir(self.args, self.algorithm.name), statistics(data)
         args = self.args
-        of = f"{args.num_seeds} seeds x {len(data.obs)} agents"
-        print(f"{args.scenario}/{args.dataset}: {args.num_seeds * len(data.obs)} learners ({of}), {self.path}")
+        of = f"{counted(args.num_seeds, 'seed')} x {counted(len(data.obs), 'agent')}"
+        learners = counted(args.num_seeds * len(data.obs), "learner")
+        print(f"{args.scenario}/{args.dataset}: {learners} ({of}), {self.path}")
+        if self.first_update == args.updates:
+            print(f"{self.path}: all its {counted(args.updates, 'update')} are made; a larger --updates goes on")
         if args.track:
             import wandb
 
@@ -201,7 +204,7 @@ class Run:
                 raise SystemExit(128 + self.stopped[0])
 
     def continuation(self) -> str:
-        return f"{script_command()} --resume {shlex.quote(str(self.path))}"
+        return f"{script_command()} --resume {shlex.quote(self.path.as_posix())}"
 
     def accelerate(self, step):
         """`step()` as --bf16 and --compile want it."""
@@ -295,7 +298,8 @@ class Run:
         name = "evaluation.json" if args.eval_only else "results.json"
         with disk_errors(self.path, f"free some space; {self.continuation()} goes on"):
             write_file(self.path / name, json.dumps(results, indent=2).encode() + b"\n")
-            video = evaluation.write_gif(self, evaluate, self.path / "policy.gif") if args.capture_video else None
+            gif = self.path / ("evaluation.gif" if args.eval_only else "policy.gif")
+            video = evaluation.write_gif(self, evaluate, gif) if args.capture_video else None
         print(evaluation.closing_table(results))
         if video:
             print(video)

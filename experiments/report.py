@@ -178,7 +178,7 @@ def read(path: Path) -> dict | None:
         UserError: it is damaged.
     """
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text("utf-8"))
         if {"returns", "data", "settings", "seconds", "updates"} <= results.keys():
             return results
     except FileNotFoundError:

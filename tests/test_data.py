@@ -773,7 +773,9 @@ def test_interrupted_collection_leaves_what_was_there(exists, tmp_path, collect,
     with pytest.raises(KeyboardInterrupt):
         collect("simple_tag", "random-medium", tmp_path, overwrite=exists)
     assert contents(tmp_path) == before
-    assert [path.name for path in (tmp_path / "simple_tag").iterdir()] == ["random-medium"] * exists
+    left = {path.relative_to(tmp_path).parts for path in tmp_path.rglob("*") if path.is_dir()}
+    named = ("simple_tag", "random-medium", "seed_0_data")
+    assert left == ({named[:1], named[:2], named} if exists else set())  # no empty folder looks like a scenario
 
 
 def test_killed_collection_leaves_nothing_that_looks_like_a_dataset(tmp_path, collect, pretrained):
@@ -809,10 +811,26 @@ def test_full_disk(tmp_path, collect, monkeypatch):
         saved.append(save(file, array))
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(UserError, match=r"simple_tag.*random.*No space left"):
+    with pytest.raises(UserError, match=r"simple_tag.*random.*No space left.*; free some space"):
         collect("simple_tag", "random", tmp_path)
-    assert len(saved) == 5 and not contents(tmp_path)
-    assert not list((tmp_path / "simple_tag").iterdir())
+    assert len(saved) == 5 and not list(tmp_path.iterdir())
+
+
+def test_a_refusal_while_replacing_keeps_the_old_dataset(tmp_path, collect, monkeypatch):
+    """Between the two renames; and a folder that may not be written is not called full."""
+    collect("simple_tag", "random", tmp_path)
+    before, rename = contents(tmp_path), os.rename
+
+    def refused(source, target):
+        if Path(source).suffix == ".tmp":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(UserError) as error:
+        collect("simple_tag", "random", tmp_path, seed=1, overwrite=True)
+    assert str(error.value) == f"{tmp_path / 'simple_tag' / 'random'}: Permission denied"
+    assert contents(tmp_path) == before
 
 
 def test_two_collections_at_once(tmp_path, collect, monkeypatch):

@@ -255,6 +255,7 @@ def test_the_table_of_one_seed_shows_no_spread(finished):
     results |= {"num_seeds": 1, "returns": {"none": [12.34], "speed": [5.0]}}
     out = closing_table(results)
     assert "mean return of 4 episodes of one seed\n" in out
+    assert "mean return of 1 episode of one seed\n" in closing_table(results | {"eval_episodes": 1})
     assert re.search(r"^standard +12\.3 +8\.7 ", out, re.MULTILINE) and "12.3 ±" not in out
 
 
@@ -475,6 +476,14 @@ def test_options_given_with_resume_are_honoured(copied, script):
     assert list(logged(copied)["charts/episodic_return"]) == [2, 4, 6, 9]
 
 
+def test_a_finished_run_says_how_to_go_on(copied, script):
+    code, out, err = script(DOM2, "--resume", str(copied), "--eval-episodes", "2")
+    assert code == 0, err
+    assert f"{copied}: all its 6 updates are made; a larger --updates goes on" in out.splitlines()
+    code, out, err = script(DOM2, "--resume", str(copied), "--updates", "7")
+    assert code == 0 and "are made" not in out, err
+
+
 def test_a_lower_learning_rate_changes_what_is_learned(whole, tmp_path):
     weights = []
     for actor_lr in (3e-3, 1e-5):
@@ -487,12 +496,13 @@ def test_a_lower_learning_rate_changes_what_is_learned(whole, tmp_path):
 
 
 def test_options_given_with_eval_only_are_honoured(copied, script):
-    before = json.loads((copied / "config.json").read_text())
+    before, video = json.loads((copied / "config.json").read_text()), (copied / "policy.gif").read_bytes()
     code, _, err = script(DOM2, *flags(eval_only=str(copied), eval_episodes=3, shift="none", capture_video=True))
     assert code == 0, err
     results = json.loads((copied / "evaluation.json").read_text())
     assert results["settings"] == before | dict(eval_only=str(copied), eval_episodes=3, shift=["none"])
-    assert list(results["returns"]) == ["none"] and (copied / "policy.gif").exists()
+    assert list(results["returns"]) == ["none"]
+    assert (copied / "evaluation.gif").exists() and (copied / "policy.gif").read_bytes() == video  # of the training
 
 
 def another(value):
@@ -639,8 +649,10 @@ def test_training_samples_with_the_weights_of_algorithm_1(changes, small, data_d
     assert max(weights) > 1
 
 
-def test_no_augment(small):
-    data, _ = sampled(DOM2.args(**small | dict(updates=1, augment=False)))
+def test_no_augment(small, capsys):
+    data, _ = sampled(DOM2.args(**small | dict(updates=1, augment=False, num_seeds=1)))
+    out = capsys.readouterr().out
+    assert "3 learners (1 seed x 3 agents)" in out and "(1 update)" in out
     assert data.index.sort().values.tolist() == list(range(20 * EPISODE_STEPS))
 
 

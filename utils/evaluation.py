@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from utils.program import counted
 
 NAMES = {
     **{"dom2": "DOM2", "ma_bc": "MA-BC", "ma_td3bc": "MA-TD3+BC", "ma_cql": "MA-CQL", "omar": "OMAR"},
@@ -113,8 +114,8 @@ def closing_table(results: dict) -> str:
     over_seeds = f"for each of {seeds} seeds, mean ± std over seeds" if seeds > 1 else "of one seed"
     paper_column = f"paper ({name})"
     lines = [
-        f"\n{name} on {scenario}/{dataset}, last parameters ({results['updates']:,} updates),",
-        f"mean return of {episodes:,} episodes {over_seeds}\n",
+        f"\n{name} on {scenario}/{dataset}, last parameters ({counted(results['updates'], 'update')}),",
+        f"mean return of {counted(episodes, 'episode')} {over_seeds}\n",
         f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{paper_column:>24}",
     ]
     for shift, returns in results["returns"].items():

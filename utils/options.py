@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, make_dataclass
@@ -32,13 +35,39 @@ Shift = Literal["none", "speed", "dismiss", "random", "extreme"]
 Seed = Annotated[int, Rule("from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)]
 
 
+def plain(value):
+    """An option as files can hold it: NumPy's and torch's numbers become Python's, sequences tuples, paths strings."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return tuple(plain(x) for x in value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def has_type(value, hint) -> bool:
+    """Whether a value has the type of an annotation; choices are not compared."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(has_type(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(has_type(x, args[0]) for x in value)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return origin is Literal or hint is type(value)
+
+
 class Options:
     """Base class of option groups: dataclasses whose fields are checked when they are made."""
 
     def __post_init__(self):
-        """Raise a UserError at the first option that breaks the rule or is none of the choices in its annotation."""
+        """Raise a UserError at the first option of another type than its annotation's, or that breaks its rule, or is
+        none of its choices."""
+        types_alone = typing.get_type_hints(type(self))
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            value, option, kind = plain(getattr(self, name)), f"--{name.replace('_', '-')}", types_alone[name]
+            setattr(self, name, value)
+            if not has_type(value, kind):
+                expected = kind.__name__ if isinstance(kind, type) else kind
+                raise UserError(f"{option} {value!r}: must be of type {expected}")
             choices = hint.__args__[0] if typing.get_origin(hint) is tuple else hint
             if typing.get_origin(choices) is Literal:
                 for one in value if isinstance(value, tuple) else (value,):
@@ -123,6 +152,11 @@ class RunArgs(Options):
     """also log to Weights & Biases (needs `pip install wandb`)"""
 
 
+def lines(description: str) -> str:
+    """A description whose line breaks --help keeps: tyro joins lines without a space in front."""
+    return textwrap.indent(description, " ")
+
+
 def parse_groups(default, description: str, words: list[str] | None = None):
     """Options from the command line, on top of those of the instance `default` of a class that inherits from groups."""
     import tyro  # only programs need it
@@ -132,5 +166,5 @@ def parse_groups(default, description: str, words: list[str] | None = None):
         groups[group.__name__.removesuffix("Args").lower()] = group(**{f.name: values[f.name] for f in fields(group)})
     Boxes = make_dataclass("Boxes", [(name, type(group)) for name, group in groups.items()])
     config = (tyro.conf.OmitArgPrefixes,)
-    given = tyro.cli(Boxes, default=Boxes(**groups), args=words, description=description, config=config)
+    given = tyro.cli(Boxes, default=Boxes(**groups), args=words, description=lines(description), config=config)
     return type(default)(**{k: v for group in vars(given).values() for k, v in vars(group).items()})

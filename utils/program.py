@@ -27,6 +27,9 @@ def program(main) -> None:
     A reader that closes the pipe, such as `head`, ends the program silently.
     """
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" for "±"
     try:
         main()
         sys.stdout.flush()
@@ -53,8 +56,15 @@ def keep_freed_memory() -> None:
             mallopt(-3, 2**28) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 256 MB, or the maximum before glibc 2.35
 
 
+def counted(number: int, noun: str) -> str:
+    """"1 seed", "2 seeds"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def usable_cores() -> int:
     """Cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return os.process_cpu_count() or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
