@@ -550,7 +550,7 @@ def evaluate(act, env, args) -> Tensor:
     obs, returns = env.reset(), torch.zeros(env.num_envs, device=env.device)
     for _ in range(env.episode_steps):
         x = obs.view(S, E, n, -1).transpose(1, 2).flatten(0, 1)  # [S E, n, d] -> [L, E, d]
-        actions = act(x, generator).view(S, n, E, -1).transpose(1, 2).flatten(0, 1)  # [L, E, A] -> [S E, n, A]
+        actions = act(x, generator).unflatten(0, (S, n)).transpose(1, 2).flatten(0, 1)  # [L, E, A] -> [S E, n, A]
         obs, rewards, terminated = env.step(actions)
         returns += rewards.mean(-1)
         if terminated.all():

@@ -218,9 +218,9 @@ class MujocoEnv:
             ValueError: the actions have another shape or are not finite.
         """
         shape = (self.num_envs, self.num_agents, self.action_size)
-        actions = as_tensor(actions, "actions", shape, dtype=torch.float64, finite=True).detach().clamp(-1, 1)
+        actions = as_tensor(actions, "the array of actions", shape, dtype=torch.float64, finite=True)
         controls = np.empty((self.num_envs, self._joints.size))
-        controls[:, self._joints] = actions.flatten(1).numpy()
+        controls[:, self._joints] = actions.detach().clamp(-1, 1).flatten(1).numpy()
         reward = np.zeros(self.num_envs, np.float32)
         for i in np.flatnonzero(~self._terminated):
             self._state[i], reward[i], self._terminated[i], _, _ = self.robots[i].step(controls[i])

@@ -228,7 +228,7 @@ class ParticleEnv:
             ValueError: the actions have another shape.
         """
         pos = self.agent_pos
-        actions = as_tensor(actions, "actions", pos.shape, self.device, self.dtype).clamp(-1, 1)
+        actions = as_tensor(actions, "the array of actions", pos.shape, self.device, self.dtype).clamp(-1, 1)
         solid = torch.cat([pos, self.landmark_pos[:, : self.spec.num_solid]], 1)  # [E, n + s, 2]
         force = (self.gain * self.speed)[..., None] * actions  # [E, n, 2]
         # Contact: every pair repels by k log(1 + exp(-(r - s_i - s_j) / k)); softplus is linear beyond 40, in float64
@@ -330,11 +330,12 @@ class TeamEnv:
             ValueError: the actions have another shape, or there is a prey but no policy for it.
         """
         n, world = self.num_agents, self.world
-        actions = as_tensor(actions, "actions", (self.num_envs, n, 2), self.device, world.dtype)
+        actions = as_tensor(actions, "the array of actions", (self.num_envs, n, 2), self.device, world.dtype)
         if world.num_agents > n:
             if self.prey is None:
                 raise ValueError(f"{world.scenario} has a prey: make the environment with prey=..., its policy")
-            prey = as_tensor(self.prey(self._obs[n]), "the prey's actions", (self.num_envs, 2), self.device, world.dtype)
+            prey, shape = self.prey(self._obs[n]), (self.num_envs, 2)
+            prey = as_tensor(prey, "the array of the prey's actions", shape, self.device, world.dtype)
             actions = torch.cat([actions, prey[:, None]], 1)
         self._obs, rewards = self.world.step(actions)
         return torch.stack(self._obs[:n], 1), rewards[:, :n], self.terminated
@@ -384,8 +385,8 @@ def draw(env: ParticleEnv, index: int = 0, size: int = 500) -> np.ndarray:
 class ParticleParallelEnv(ParallelEnv):
     """One world of `ParticleEnv` as a PettingZoo ParallelEnv.
 
-    Actions are Box(-1, 1, (2,)) and, as in ParticleEnv, clipped to it; observations are Box(-inf, inf, (d_i,)); both are
-    float32. No agent ever terminates: all are truncated together after EPISODE_STEPS steps.
+    Actions are Box(-1, 1, (2,)), clipped as in ParticleEnv; observations are Box(-inf, inf, (d_i,)); both are float32.
+    No agent ever terminates: all are truncated together after EPISODE_STEPS steps.
 
     Args:
         scenario, shift: as in ParticleEnv.
@@ -440,7 +441,7 @@ class ParticleParallelEnv(ParallelEnv):
         if actions.keys() != set(self.agents):
             raise ValueError(f"actions of {', '.join(map(str, actions))}: expected {', '.join(self.agents)}")
         stacked = [as_tensor(actions[agent], f"action of {agent}", (2,), finite=True) for agent in self.agents]
-        obs, rewards = self.world.step(torch.stack(stacked)[None])
+        obs, rewards = self.world.step(torch.stack(stacked).detach()[None])
         self.steps += 1
         truncated = self.steps == EPISODE_STEPS
         if truncated:

@@ -261,7 +261,7 @@ class Run:
             "prey": self.prey,
             "data": self.stats,
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
         save_torch(self.path / "checkpoint.pt", checkpoint, previous=self.path / "checkpoint-previous.pt")
         write_file(self.path / "config.json", json.dumps(asdict(self.args), indent=2).encode() + b"\n")

@@ -92,6 +92,8 @@ def load_array(file: Path, width: int, metadata: dict) -> Tensor:
         raise damaged(file.parent, f"{file}: truncated or not a plain .npy array") from None
     if array.dtype.kind not in "biuf":
         raise damaged(file.parent, f"{file}: holds {array.dtype}, not numbers")
+    if file.name.startswith("dones_") and not ((array == 0) | (array == 1)).all():
+        raise damaged(file.parent, f"{file}: holds other numbers than 0 and 1")
     array = array[:, None] if array.ndim == 1 and width == 1 else array
     if array.ndim != 2 or array.shape[1] != width:
         raise UserError(f"{file}: has shape {array.shape}, expected [T, {width}]; is it another scenario's?")

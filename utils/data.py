@@ -31,7 +31,9 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
             raise UserError(f"{folder}: no such dataset; to make it there, run python collect_datasets.py {make}")
         print(f"{folder}: no such dataset, making it from pretrained/", file=sys.stderr)
         try:
-            with torch.random.fork_rng():  # so that this run equals the next one, which finds the dataset made
+            with torch.random.fork_rng(
+                devices=()
+            ):  # of the CPU alone; so that this run equals the next one, which finds the dataset made
                 collect_datasets.collect(task, args.dataset, data_dir=args.data_dir)
         except UserError:
             if not folder.exists():  # else another process was faster
@@ -44,11 +46,29 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
     if outside:
         share = f"{outside:.2%} of the action entries are outside [-1, 1], where no policy here can act"
         print(f"warning: {folder}: {share}; scale the actions", file=sys.stderr)
+    row = first_gap(data)
+    if row is not None:
+        gap = f"next_obs of row {row} is not obs of row {row + 1} of the same episode"
+        print(f"warning: {folder}: {gap}; write whole episodes one after the other", file=sys.stderr)
     if args.data_fraction < 1:
         data = take_share(data, args.data_fraction)
     reward = data.reward if args.raw_rewards else standardise(data.reward, data.done)
     data = data._replace(reward=reward * args.reward_scale)
     return data._replace(**{name: x.to(env.device) for name, x in data._asdict().items() if isinstance(x, Tensor)})
+
+
+def first_gap(data: common.Dataset) -> int | None:
+    """The first of 10,000 rows that the next row of its episode does not continue; None if all do.
+
+    There are such rows where the steps of several environments were written in turn, for example.
+    """
+    last = torch.zeros(data.obs.shape[1], dtype=torch.bool)
+    last[data.starts + data.lengths - 1] = True
+    rows = (~last).nonzero()[:, 0]
+    rows = rows[:: max(1, len(rows) // 10_000)]
+    one, other = data.next_obs[:, rows], data.obs[:, rows + 1]
+    gaps = rows[((one - other).abs() > 1e-3 * (1 + other.abs())).any(-1).any(0)]
+    return int(gaps[0]) if len(gaps) else None
 
 
 def take_share(data: common.Dataset, share: float) -> common.Dataset:

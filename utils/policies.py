@@ -44,7 +44,7 @@ class TrainedPolicy:
         """{agent: observation [d_i]} -> {agent: action [A], float32}.
 
         Raises:
-            UserError: an agent is missing or unknown, or an observation has another size than its agent's or is not finite.
+            UserError: an agent is missing or unknown, or its observation has another size or is not finite.
         """
         if observations.keys() != self.sizes.keys():
             raise UserError(f"observations of {', '.join(map(str, observations))}: expected {', '.join(self.sizes)}")

@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    """"1 seed", "2 seeds"."""
+    """A number with its noun, as in "1 seed" and "2 seeds"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
