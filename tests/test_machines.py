@@ -163,6 +163,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(whole, tmp_path, data_dir):
 def test_without_cuda_the_gpu_is_left_alone(whole, tmp_path, data_dir, monkeypatch, collect):
     """It may be in use, or its driver broken; and nothing depends on whether there is one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("get_rng_state", "set_rng_state", "current_device", "get_device_name", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: pytest.fail(f"torch.cuda.{name} was called"))
     monkeypatch.chdir(tmp_path)

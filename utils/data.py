@@ -31,9 +31,8 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
             raise UserError(f"{folder}: no such dataset; to make it there, run python collect_datasets.py {make}")
         print(f"{folder}: no such dataset, making it from pretrained/", file=sys.stderr)
         try:
-            with torch.random.fork_rng(
-                devices=()
-            ):  # of the CPU alone; so that this run equals the next one, which finds the dataset made
+            # so that this run equals the next one, which finds the dataset made; no GPU has a part in making it
+            with torch.random.fork_rng(devices=()):
                 collect_datasets.collect(task, args.dataset, data_dir=args.data_dir)
         except UserError:
             if not folder.exists():  # else another process was faster
