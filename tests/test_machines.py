@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,20 @@ def test_an_ascii_terminal_is_no_reason_to_fail(monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     program(lambda: print("1.0 ± 0.1"))
     assert terminal.buffer.getvalue() == b"1.0 ? 0.1" + os.linesep.encode()
+
+
+def test_the_docker_image_has_what_it_needs():
+    """And nothing that git ignores either: datasets and runs may be large."""
+    lines = (ROOT / "Dockerfile").read_text("utf-8").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    assert [what for word, what in steps if word == "COPY"] == ["requirements.txt .", ". ."]
+    assert ["USER", "user"] in steps and (ROOT / json.loads(steps[-1][1])[0]).exists()
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text("utf-8").splitlines()]
+    patterns = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    for name in (*ignored, ".git"):
+        assert any(fnmatch(name, pattern.removeprefix("**/")) for pattern in patterns), name
+    for name in ("requirements.txt", *(file.name for file in SOURCES), "pretrained", "results", "docs"):
+        assert not any(fnmatch(name, pattern.removeprefix("**/")) for pattern in patterns), name
 
 
 def test_cores_of_python_3_13(monkeypatch):
