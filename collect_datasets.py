@@ -46,7 +46,7 @@ from common import DATASETS
 from particle_env import SCENARIOS, ParticleEnv
 from utils.arrays import file_checksum
 from utils.frozen import load_behaviour, policy_action, policy_checksum
-from utils.options import DatasetName, Options, Seed, Weight, lines
+from utils.options import DatasetName, Name, Options, Seed, Weight, lines
 from utils.program import UserError, disk_errors, program, usable_cores
 
 ACTION_NOISE = 0.1  # of the medium and expert datasets
@@ -70,13 +70,13 @@ class Args(Options):
     """which datasets of each"""
     num_transitions: int = 1_000_000
     """transitions of each dataset; of medium-replay at most this many, as its buffer holds fewer"""
-    data_dir: str = "datasets"
+    data_dir: Name = "datasets"
     """folder of the datasets"""
     seed: Seed = 0
     """seed of the rollouts"""
     overwrite: bool = False
     """replace datasets that exist"""
-    pretrained_dir: str = str(common.ROOT / "pretrained")
+    pretrained_dir: Name = str(common.ROOT / "pretrained")
     """folder of the behaviour policies"""
     action_noise: Weight = ACTION_NOISE
     """standard deviation of the noise on the actions of medium and expert policies"""

@@ -53,7 +53,7 @@ class DataArgs(options.DataArgs):
     """quality of the dataset"""
     scenario: Literal[tuple(SCENARIOS)] = "HalfCheetah"
     """the MuJoCo task"""
-    agent_conf: str | None = None
+    agent_conf: options.OptionalName = None
     """partition of its joints among agents, such as 6x1; default: two agents (Hopper 3, ManySegmentSwimmer 10)"""
     agent_obsk: Natural = 0
     """an agent sees its own joints, and the angles of other joints up to this many joints away from its own"""

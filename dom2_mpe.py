@@ -48,7 +48,7 @@ class DataArgs(options.DataArgs):
 
     scenario: Literal["simple_spread", "simple_tag", "simple_world", "landmarks6"] = "simple_tag"
     """cooperative navigation, predator-prey, World, or the six landmarks of Figure 1"""
-    prey: str | None = None
+    prey: options.OptionalName = None
     """file of the frozen prey with which the simple_tag and simple_world data were made; default: in pretrained/"""
 
 

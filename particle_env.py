@@ -165,7 +165,7 @@ class ParticleEnv:
         self._capped = min(spec.max_speed) < INF
         solid_size = torch.cat([self.agent_size, self.landmark_size[:solid]])  # [n + s]
         self._contact_distance = self.agent_size[:, None] + solid_size  # [n, n + s]
-        self._contact_distance[torch.arange(n), torch.arange(n)] = -INF  # nobody collides with itself
+        self._contact_distance[range(n), range(n)] = -INF  # nobody collides with itself
         self._others = torch.tensor([[j for j in range(n) if j != i] for i in range(n)], device=self.device)
         self.obs_sizes = tuple(4 + 2 * m + 2 * (n - 1) + extra for extra in self._extra_sizes())
         self.agent_pos = torch.zeros(num_envs, n, 2, device=self.device, dtype=dtype)
@@ -273,9 +273,9 @@ class ParticleEnv:
             else:  # each has its own to its nearest landmark
                 cover = (1 / d.amin(2)).clamp(max=10.0)  # [E, n]
             touching = _distance(pos[:, :, None], pos[:, self._others]) < size[:, None] + size[self._others]
-            return cover - 5.0 * touching.sum(-1)
+            return cover - 5.0 * touching.sum(-1, dtype=self.dtype)
         d = _distance(pos[:, :-1], pos[:, -1:])  # predators to prey [E, 3]
-        catches = self.spec.catch_reward * (d < size[:-1] + size[-1]).sum(-1)  # [E]
+        catches = self.spec.catch_reward * (d < size[:-1] + size[-1]).sum(-1, dtype=self.dtype)  # [E]
         predators = catches - 0.1 * d.sum(-1)
         prey = -predators
         if self.scenario == "simple_tag":

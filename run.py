@@ -24,8 +24,9 @@ from tqdm import tqdm
 import common
 from particle_env import SCENARIOS, ParticleEnv
 from utils import evaluation
+from utils.accelerate import compiled, cuda_graph
 from utils.checkpoints import finite_state, load_checkpoint, locked, new_run_dir, restore
-from utils.data import statistics
+from utils.data import alike, statistics
 from utils.frozen import load_prey, policy_action
 from utils.options import parse_groups
 from utils.program import UserError, catch_signals, counted, disk_errors, save_torch, write_file
@@ -162,6 +163,8 @@ class Run:
             torch.set_rng_state(self.checkpoint["rng"])
             if self.device.type == "cuda" and self.checkpoint["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+            if data is not None and not alike(statistics(data), self.stats):
+                raise UserError(f"--data-dir {self.args.data_dir}: not the data that {self.path} was trained on")
         if self.args.eval_only:
             self.updates = range(0)
             yield self
@@ -305,34 +308,3 @@ class Run:
             print(video)
         print(f"{self.path}: {name}" if args.eval_only else f"{self.path}: {name}, checkpoint.pt, TensorBoard events")
         return results
-
-
-def cuda_graph(step):
-    """`step()` as one CUDA graph: three ordinary calls, then it is recorded once and replayed at every further call.
-
-    A small update is some thousand kernels of a few microseconds, and starting them one by one takes longer than they
-    run. `step` must work on the same tensors every time and copy nothing from or to the host.
-    """
-    stream, graph, calls, output = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, None
-
-    def replay():
-        nonlocal calls, output
-        calls += 1
-        if calls <= 3:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                output = step()
-            torch.cuda.current_stream().wait_stream(stream)
-            return output
-        if calls == 4:
-            with torch.cuda.graph(graph):
-                output = step()
-        graph.replay()
-        return output
-
-    return replay
-
-
-def compiled(step):
-    """`step()` through torch.compile; it draws the same random numbers as without."""
-    return torch.compile(step, dynamic=False, options={"fallback_random": True})

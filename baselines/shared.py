@@ -33,9 +33,9 @@ class DataArgs(options.DataArgs):
     """cooperative navigation, predator-prey, World, six landmarks (Figure 1) or two-agent HalfCheetah"""
     augment: bool = False
     """replicate high-return trajectories (DOM2's Algorithm 1)"""
-    prey: str | None = None
+    prey: options.OptionalName = None
     """frozen prey of simple_tag and simple_world; default: pretrained/; for data from elsewhere give theirs"""
-    agent_conf: str | None = None
+    agent_conf: options.OptionalName = None
     """partition of HalfCheetah's joints among agents, such as 6x1; default: 2x3"""
     agent_obsk: Natural = 0
     """an agent of HalfCheetah sees its own joints, and the angles of those at most so many joints away"""

@@ -32,7 +32,8 @@ import dom2_mpe
 from common import ROOT, Dataset, make_env
 from dom2_mpe import DOM2
 from particle_env import EPISODE_STEPS, ParticleEnv
-from run import cuda_graph, scenario_prey
+from run import scenario_prey
+from utils.accelerate import cuda_graph
 from utils.frozen import policy_action
 from utils.options import lines
 from utils.program import program

@@ -183,7 +183,7 @@ def read(path: Path) -> dict | None:
             return results
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     raise UserError(f"{path}: no readable result; restore it, or delete it to run its cell again")
 

@@ -50,12 +50,12 @@ from experiments.report import (
     write_result,
 )
 from run import parse as parse_options
-from utils.options import lines
+from utils.options import Name, OptionalName, Options, lines
 from utils.program import UserError, catch_signals, program, usable_cores
 
 
 @dataclass
-class Args:
+class Args(Options):
     target: tyro.conf.Positional[Literal[(*TARGETS, "report")]]
     """table, figure or study to run; report: all tables and figures from the raw results, without running anything"""
     scenarios: tuple[str, ...] = ()
@@ -78,17 +78,17 @@ class Args:
     """slurm: a job array"""
     jobs: int = 0
     """cells at once; 0: one per GPU, or per core where there is no GPU; with slurm: no limit"""
-    partition: str | None = None
+    partition: OptionalName = None
     """slurm: partition to submit to; default: the cluster's"""
     gpus: int = 0
     """slurm: GPUs per cell"""
     cpus: int = 1
     """slurm: cores per cell"""
-    time_limit: str | None = None
+    time_limit: OptionalName = None
     """slurm: time limit per cell, as sbatch takes it; a cell that it ends is continued by the next invocation"""
-    results_dir: str = "results"
+    results_dir: Name = "results"
     """folder of the raw results and the report"""
-    run_dir: str = "runs/reproduce"
+    run_dir: Name = "runs/reproduce"
     """folder of the cells' run folders and logs"""
 
 
@@ -102,6 +102,8 @@ NOT_COMPARED = (
     *("num_seeds", "eval_interval", "cuda", "compile"),
     *("run_dir", "resume", "eval_only", "capture_video", "track"),
 )
+# Options of a cell's command that cannot be added to it.
+OWN_OPTIONS = ("--scenario", "--dataset", "--num-seeds", "--updates", "--run-dir", "--resume", "--eval-only")
 # Options that were removed, with the values under which old results agree with today's algorithm.
 REMOVED = {"solver": "dpm", "q_normaliser": "abs", "eval_candidates": 1, "beta_min": 0.1}
 
@@ -386,8 +388,8 @@ def choose_cells(args: Args) -> list[Cell]:
     Raises:
         UserError: an option has a value that it cannot have.
     """
-    for option, least in (("num_seeds", 1), ("jobs", 0), ("gpus", 0), ("cpus", 1)):
-        if getattr(args, option) < least:
+    for option, least in (("num_seeds", 1), ("updates", 1), ("jobs", 0), ("gpus", 0), ("cpus", 1)):
+        if getattr(args, option) is not None and getattr(args, option) < least:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
     if args.target == "report":
         return []
@@ -461,6 +463,9 @@ def main() -> None:
     words = sys.argv[1:]
     here = words.index("--") if "--" in words else len(words)
     args = tyro.cli(Args, description=lines(__doc__), args=words[:here])
+    for word in words[here + 1 :]:
+        if (option := word.partition("=")[0].replace("_", "-")) in OWN_OPTIONS:
+            raise UserError(f"-- {option}: this program sets it for each cell; leave it out")
     if not reproduce(args, tuple(words[here + 1 :])):
         sys.exit(1)
 

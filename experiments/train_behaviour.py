@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 from collect_datasets import ACTION_NOISE, PUBLISHED, behave, behaviour_env, rollout, team_returns
 from dom2_mpe import StackedLinear, soft_update
 from particle_env import SCENARIOS, ParticleEnv
-from utils.options import Options, Seed, lines
+from utils.options import Name, Options, Seed, lines
 from utils.program import UserError, disk_errors, load_torch, program, save_torch
 
 
@@ -40,7 +40,7 @@ from utils.program import UserError, disk_errors, load_torch, program, save_torc
 class Args(Options):
     scenario: Literal["simple_spread", "simple_tag", "simple_world", "landmarks6", "HalfCheetah"]
     """the scenario"""
-    output: str = "pretrained"
+    output: Name = "pretrained"
     """folder of the result, <scenario>.pt"""
     seed: Seed = 0
     """seed of everything random"""

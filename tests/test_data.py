@@ -710,6 +710,7 @@ def refused(data_dir, name, dataset="medium"):
     [
         *(missing, truncated, empty, flipped, swapped, other_metadata, other_scenario, uncounted),
         overwrite(np.nan),
+        metadata_is(b"[" * 100_000),  # deeper than Python's stack
         *(metadata_is(text) for text in (b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b'{"scenario": "simple_tag"}')),
     ],
 )
@@ -1004,6 +1005,22 @@ def test_behaviour_policies_that_do_not_fit(tmp_path, collect, pretrained):
         with pytest.raises(UserError, match=message):
             collect("simple_tag", "medium", tmp_path / "datasets", pretrained_dir=policies)
         assert not contents(tmp_path / "datasets")
+
+
+@pytest.mark.parametrize("broken", ["medium", "prey", "replay", "size"])
+def test_no_data_are_made_of_broken_behaviour_policies(broken, tmp_path, collect, pretrained):
+    """They would be written with checksums that fit."""
+    contents_of = load_torch(pretrained / "simple_tag.pt")
+    medium, prey = contents_of["medium"][1]["policy"], contents_of["agent_params"][-1]["policy"]
+    if broken == "size":
+        medium["fc3.weight"], medium["fc3.bias"] = medium["fc3.weight"][:1], medium["fc3.bias"][:1]
+    else:
+        tensor = {"medium": medium["fc2.bias"], "prey": prey["fc3.bias"], "replay": contents_of["replay"]["actions"]}
+        tensor[broken].view(-1)[3 % tensor[broken].numel()] = np.nan
+    torch.save(contents_of, tmp_path / "simple_tag.pt")
+    with pytest.raises(UserError, match=r"simple_tag\.pt: not behaviour policies of this scenario"):
+        collect("simple_tag", "medium-replay", tmp_path / "datasets", pretrained_dir=tmp_path)
+    assert not (tmp_path / "datasets").exists()
 
 
 @pytest.mark.parametrize(

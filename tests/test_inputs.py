@@ -3,6 +3,7 @@ name, in every public function that takes them."""
 
 import json
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -436,6 +437,56 @@ def test_a_run_with_options_of_numpy(data_dir, tmp_path):
     for index, message in ((1, "holds 1 seed$"), (-1, "at least 0"), (0.0, "an integer"), ("0", "an integer")):
         with pytest.raises(UserError, match=f"seed_index .*{message}"):
             dom2_mpe.load_policy(run, seed_index=index)
+
+
+# ---- what the calling program has set ----
+
+
+@contextmanager
+def setting(name):
+    """A setting of torch that other programs use."""
+    if name == "float64":
+        torch.set_default_dtype(torch.float64)
+    elif name == "device":
+        torch.set_default_device("meta")  # stands for a GPU: what is made there by mistake cannot be used
+    try:
+        with {"autocast": torch.autocast("cpu", torch.bfloat16)}.get(name, torch.set_grad_enabled(name != "no_grad")):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("name", ["float64", "device", "autocast", "no_grad"])
+def test_settings_of_the_calling_program_change_nothing(name, data_dir, pretrained, tmp_path):
+    """Neither of the environments nor of a trained policy with its prey."""
+    prey = {"prey": pretrained / "simple_tag.pt"}
+    small = dict(updates=1, batch_size=8, widths=(8,), critic_widths=(8,), eval_episodes=2, shift=(), cuda=False)
+    dom2_mpe.train(DOM2.args("simple_tag", "random", **small, **prey, data_dir=data_dir, run_dir=tmp_path))
+
+    def results():
+        env = parallel_env("simple_tag")
+        obs, _ = env.reset(seed=0)
+        actions = dom2_mpe.load_policy(the_run(tmp_path))(obs)
+        found = [actions, env.step(actions), env.state()]
+        for env in (
+            TeamEnv("simple_tag", 2, "speed", prey=lambda obs: np.ones((2, 2))),
+            ParticleEnv("landmarks6", 2, "dismiss"),
+            MujocoEnv("Reacher", 2, "extreme"),
+        ):
+            first = env.reset()
+            found += [first, env.step(uniform(shape_of(env)))]
+        return [x.numpy(force=True) if isinstance(x, torch.Tensor) else x for x in flat(found)]
+
+    def flat(x):
+        return [z for y in x for z in flat(y)] if isinstance(x, list | tuple) else [x]
+
+    expected = results()
+    with setting(name):
+        got = results()
+        assert torch.get_default_dtype() == (torch.float64 if name == "float64" else torch.float32)
+    np.testing.assert_equal(got, expected)
+    assert all(action.dtype == np.float32 for action in got[0].values())
 
 
 # ---- tensors on another device ----

@@ -26,7 +26,7 @@ import common
 from common import DATASETS, ROOT
 from experiments import report, reproduce
 from experiments.report import TARGETS, Cell, Variant, varied, with_fraction, with_steps
-from experiments.reproduce import Args
+from experiments.reproduce import OWN_OPTIONS, Args
 from utils.program import UserError, program
 
 PROGRAM = (sys.executable, str(ROOT / "experiments/reproduce.py"))
@@ -665,6 +665,7 @@ def test_the_committed_report_is_that_of_the_committed_results():
         (dict(algorithms=("sac",)), "--algorithms sac: not in table1"),
         (dict(num_seeds=0), "--num-seeds 0: must be at least 1"),
         (dict(jobs=-1), "--jobs -1: must be at least 0"),
+        (dict(updates=0), "--updates 0: must be at least 1"),
     ],
 )
 def test_bad_options(changes, message, tiny, tmp_path):
@@ -673,7 +674,7 @@ def test_bad_options(changes, message, tiny, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', '{"returns": {}}'])
+@pytest.mark.parametrize("content", ["", "{", 100_000 * "[", "[]", "{}", '"text"', '{"returns": {}}'])
 def test_damaged_results(content, tiny):
     job = the_job(*tiny)
     report.write(job.result, content)
@@ -693,6 +694,9 @@ def test_a_script_that_cannot_be_imported(tiny, monkeypatch):
     [
         ("table1 --algorithms dom2 -- --eta -1", "--eta -1.0: must be finite and not negative"),
         ("table1 --jobs -1", "error: --jobs -1: must be at least 0"),
+        ("table1 --results-dir=~/results", "--results-dir ~/results: must be a name"),
+        *((f"table1 -- {word} 1", f"-- {word.replace('_', '-')}: this program sets it") for word in OWN_OPTIONS),
+        ("table1 -- --run_dir=elsewhere", "-- --run-dir: this program sets it"),
         ("table9", "table9"),
         ("table1 --launcher cloud", "cloud"),
     ],

@@ -34,7 +34,7 @@ from run import WITH_EVAL_ONLY, WITH_RESUME, parse
 from utils.checkpoints import load_checkpoint, locked, new_run_dir, restore
 from utils.evaluation import closing_table
 from utils.frozen import load_prey, policy_action
-from utils.program import UserError, program
+from utils.program import UserError, catch_signals, program
 from utils.provenance import script_command
 
 ROOT = Path(common.__file__).parent
@@ -560,6 +560,19 @@ def test_a_run_knows_where_its_data_are(option, whole, tmp_path, data_dir, monke
     assert results["returns"] == whole[1]["returns"]
 
 
+def test_a_run_goes_on_with_its_own_data_alone(whole, tmp_path, collect):
+    """Another folder may hold them, as after a move; other data of the same name, or fewer, are refused."""
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    collect("simple_spread", "random", tmp_path / "other", seed=1)
+    before = files(run)
+    with pytest.raises(UserError) as error:
+        train(resumed(run, updates=8, data_dir=tmp_path / "other"))
+    assert str(error.value) == f"--data-dir {tmp_path / 'other'}: not the data that {run} was trained on"
+    assert files(run) == before
+    collect("simple_spread", "random", tmp_path / "same")
+    assert train(resumed(run, updates=8, data_dir=tmp_path / "same"))["updates"] == 8
+
+
 def test_restoring_keeps_what_the_device_needs():
     """A CUDA graph needs capturable optimisers, which a checkpoint made on a CPU does not have."""
     learners = torch.nn.ModuleDict({"policy": torch.nn.Linear(2, 2)})
@@ -573,6 +586,18 @@ def test_restoring_keeps_what_the_device_needs():
     assert group["capturable"] and group["fused"] and group["lr"] == 0.2
     for name, value in optimizers["policy"].state_dict()["state"][0].items():
         assert torch.equal(others["policy"].state_dict()["state"][0][name], value)
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As SIGINT in background jobs of a shell's script, which Ctrl-C in the foreground must not stop."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with catch_signals() as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 # ---- training ----
@@ -619,6 +644,65 @@ def test_compiled_updates_learn_the_same(small, tmp_path, whole):
     assert compiled["args"]["compile"] and compiled["updates"] == 6
     for name, value in plain["learners"].items():
         torch.testing.assert_close(compiled["learners"][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_compiling_needs_a_compiler(small, monkeypatch):
+    def fast():
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fast)
+    with pytest.raises(UserError, match="--compile: no C\\+\\+ compiler found; install one"):
+        train(DOM2.args(**small | dict(compile=True)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 1.71 PiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore lines"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 24 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_said_in_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        program(main)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: not enough memory; lower --num-seeds, ") and str(error).splitlines()[0] in line
+
+
+def test_other_errors_are_not_taken_for_too_little_memory():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        program(main)
+
+
+def test_a_file_that_cannot_be_read_is_named(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        program(lambda: (tmp_path / "missing").read_bytes())
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: [Errno 2] No such file or directory: '{tmp_path / 'missing'}'\n"
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_reason_to_fail(closed, monkeypatch):
+    """As the shell's `>&-` leaves it."""
+    monkeypatch.setattr(sys, closed, None)
+    done = []
+
+    def main():
+        print("text", file=getattr(sys, closed))
+        getattr(sys, closed).flush()
+        done.append(True)
+
+    program(main)
+    assert done
 
 
 def sampled(args):
@@ -932,6 +1016,8 @@ def refused(script, tmp_path, *words, naming, what=DOM2, boxed=False):
         ["--seed"],
         ["--seed", "1.5"],
         ["--seed", "-1"],
+        *(["--" + name, ""] for name in ("resume", "eval-only", "prey", "data-dir", "run-dir")),  # as of "$UNSET"
+        *(["--" + name + "=~/x"] for name in ("prey", "data-dir", "run-dir")),
         ["random"],
         *(["--" + name, "1"] for name in ("solver", "q-normaliser", "eval-candidates", "beta-min")),
     ],
@@ -939,7 +1025,7 @@ def refused(script, tmp_path, *words, naming, what=DOM2, boxed=False):
 )
 def test_words_that_are_no_options(words, script, tmp_path):
     ours = words[0] in ("--scenario", "--dataset")  # read before the others, as defaults depend on them
-    refused(script, tmp_path, *words, naming=words[0], boxed=not ours)
+    refused(script, tmp_path, *words, naming=words[0].replace("=", " "), boxed=not ours)
 
 
 def test_options_that_do_not_fit_together(script, tmp_path, small):
@@ -1045,6 +1131,9 @@ def other_optimizer(checkpoint):
         with_args(num_seeds=3),
         with_args(critic_widths=(9,)),
         with_args(learning_rate=0.1),
+        with_args(updates="6"),
+        with_args(widths=3),
+        *((lambda checkpoint, updates=updates: checkpoint | {"updates": updates}) for updates in (-1, 2.5, "6", None)),
         with_args(gamma=2.0),
     ],
 )

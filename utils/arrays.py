@@ -73,7 +73,7 @@ def read_metadata(path: Path, task: str, dataset: str) -> dict:
         metadata = json.loads((path / "metadata.json").read_text("utf-8"))
         recorded = (metadata["scenario"], metadata["dataset"])
         metadata["checksums"] = dict(metadata["checksums"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged(path, f"{path / 'metadata.json'}: not readable") from None
     if recorded != (task, dataset):
         raise damaged(path, f"{path}: metadata.json says {recorded[0]}/{recorded[1]}")

@@ -69,7 +69,7 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
         print(f"warning: {error}; using the one before", file=sys.stderr)
     try:
         needed = {"algorithm", "updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"}
-        if not needed <= checkpoint.keys():
+        if not needed <= checkpoint.keys() or type(checkpoint["updates"]) is not int or checkpoint["updates"] < 0:
             raise KeyError
         made_by = checkpoint["algorithm"]
         if made_by == algorithm.name:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -92,6 +94,12 @@ def standardise(reward: Tensor, done: Tensor) -> Tensor:
     """
     mean, std = reward.double().mean(), reward.double().std()
     return (reward - mean.float() * (1 - done.amax())) / std.clamp(min=1e-8).float()
+
+
+def alike(one: dict, other: dict) -> bool:
+    """Whether two `statistics` are those of the same data, up to rounding."""
+    close = partial(math.isclose, rel_tol=1e-4, abs_tol=1e-4)
+    return one.keys() == other.keys() and all(close(value, other[name]) for name, value in one.items())
 
 
 def statistics(data: common.Dataset) -> dict:

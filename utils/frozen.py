@@ -79,12 +79,16 @@ def load_behaviour(path: str | Path, env, prey_obs_size: int | None) -> dict:
         medium = [entry["policy"] for entry in checkpoint["medium"]]
         for policies in (everybody, medium + everybody[n:]):
             for policy, size in zip(policies, sizes, strict=True):
-                policy_action(policy, torch.zeros(1, size))
+                action = policy_action(policy, torch.zeros(1, size))
+                if action.shape != (1, env.action_size) or not action.isfinite().all():
+                    raise ValueError
         replay = checkpoint.get("replay")
         if replay is not None:
             steps, worlds, *action_shape = replay["actions"].shape
             whole = steps * worlds > 0 and steps % env.episode_steps == 0
             if not whole or action_shape != [n, env.action_size] or not isinstance(replay["seed"], int):
+                raise ValueError
+            if not replay["actions"].isfinite().all():
                 raise ValueError
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError):
         raise UserError(

@@ -32,6 +32,9 @@ Thresholds = Annotated[
 ]
 DatasetName = Literal["random", "random-medium", "medium-replay", "medium", "medium-expert", "expert"]
 Shift = Literal["none", "speed", "dismiss", "random", "extreme"]
+# An empty word is often an unset variable of the shell, which also leaves the ~ of --option=~/folder as it is.
+NAMED = Rule("a name, not empty and without ~ in front", lambda x: x is None or (x and x[0] != "~"))
+Name, OptionalName = Annotated[str, NAMED], Annotated[str | None, NAMED]
 Seed = Annotated[int, Rule("from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)]
 
 
@@ -88,7 +91,7 @@ class DataArgs(Options):
     """the task"""
     dataset: DatasetName = "random"
     """quality of the dataset"""
-    data_dir: str = "datasets"
+    data_dir: Name = "datasets"
     """folder of the datasets; one that is missing in the default folder is made first"""
     data_fraction: Share = 1.0
     """share of the dataset's trajectories to learn from"""
@@ -140,11 +143,11 @@ class RunArgs(Options):
     """compile the update: a CUDA graph on a GPU; torch.compile on a CPU, which takes minutes to start"""
     bf16: bool = False
     """compute the update in bfloat16 where that is safe (autocast); float32 otherwise"""
-    run_dir: str = "runs"
+    run_dir: Name = "runs"
     """folder in which this run's folder is made"""
-    resume: str | None = None
+    resume: OptionalName = None
     """run folder to continue from its checkpoint; --updates and the learning rates may be changed"""
-    eval_only: str | None = None
+    eval_only: OptionalName = None
     """run folder whose checkpoint to evaluate without training"""
     capture_video: bool = False
     """write a GIF of the trained policy to the run folder"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,25 @@ from utils.frozen import policy_action
 from utils.program import UserError, counted
 
 
+@contextmanager
+def torch_defaults():
+    """Within the context torch's own defaults hold, whatever the calling program has set: float32, CPU, no autocast."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 class TrainedPolicy:
     """A trained team as a function from PettingZoo observations to actions, both dicts by agent name; can be pickled.
 
     The agents of one seed act, and with them the frozen prey where the scenario has one.
     """
 
+    @torch_defaults()
     def __init__(self, path: str | Path, seed_index: int = 0, *, algorithm):
         args, checkpoint = load_checkpoint(path, algorithm)
         seed_index = as_int(seed_index, "seed_index", 0)
@@ -40,6 +54,7 @@ class TrainedPolicy:
         restore(self.learners, {}, {"learners": chosen}, path)
         self.generator = torch.Generator().manual_seed(args.seed)
 
+    @torch_defaults()
     def __call__(self, observations: dict) -> dict:
         """{agent: observation [d_i]} -> {agent: action [A], float32}.
 

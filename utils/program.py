@@ -27,17 +27,25 @@ def program(main) -> None:
     A reader that closes the pipe, such as `head`, ends the program silently.
     """
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" for "±"
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell's >&- has closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # an ASCII terminal shows "?" for "±"
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes there at its end
         sys.exit(141)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        remedy = "lower --num-seeds, --batch-size, --eval-episodes or --num-transitions"
+        print(f"error: not enough memory; {remedy} ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -74,7 +82,8 @@ def catch_signals():
     caught, handlers = [], {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda number, frame: caught.append(number))
+            if signal.getsignal(number) != signal.SIG_IGN:  # as of SIGINT in a shell's background jobs
+                handlers[number] = signal.signal(number, lambda number, frame: caught.append(number))
     try:
         yield caught
     finally:
