@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def program(main) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell's >&- has closed it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif hasattr(getattr(sys, name), "reconfigure"):
+        with suppress(AttributeError, OSError):  # of streams of another kind
             getattr(sys, name).reconfigure(errors="replace")  # an ASCII terminal shows "?" for "±"
     try:
         main()
@@ -104,7 +104,7 @@ def disk_errors(path: str | Path, remedy: str):
     except BrokenPipeError:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # NumPy's short writes have no number
         raise UserError(f"{path}: {error.strerror or error}" + (f"; {remedy}" if full else "")) from None
     finally:
         threading.excepthook = hook
