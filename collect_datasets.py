@@ -23,14 +23,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import platform
-import shutil
 import sys
-import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count, starmap
@@ -48,10 +44,11 @@ from own_env import is_own
 from particle_env import SCENARIOS, ParticleEnv
 from utils.arrays import file_checksum
 from utils.frozen import load_behaviour, policy_action, policy_checksum
-from utils.options import DatasetName, Options, Seed, Weight
-from utils.program import UserError, program, usable_cores
+from utils.options import DatasetName, Name, OptionalWeight, Options, Seed, lines
+from utils.program import UserError, program, replaced_folder, usable_cores
 
-ACTION_NOISE = 0.1  # of the medium and expert datasets
+# Standard deviation of the noise on the actions of the medium and expert policies (docs/halfcheetah-data.md)
+ACTION_NOISE = {("HalfCheetah", "medium"): 0.4, ("HalfCheetah", "expert"): 0.2}  # 0.1 of all others
 BLOCK = 25  # episodes of MuJoCo that one core rolls out together
 # Mean returns of the published OMAR datasets, which the behaviour policies were trained for
 PUBLISHED = {
@@ -73,16 +70,17 @@ class Args(Options):
     """which datasets of each"""
     num_transitions: int = 1_000_000
     """transitions of each dataset; of medium-replay at most this many, as its buffer holds fewer"""
-    data_dir: str = "datasets"
+    data_dir: Name = "datasets"
     """folder of the datasets"""
     seed: Seed = 0
     """seed of the rollouts, and the version: seed i writes seed_i_data"""
     overwrite: bool = False
     """replace datasets that exist"""
-    pretrained_dir: str = str(common.ROOT / "pretrained")
+    pretrained_dir: Name = str(common.ROOT / "pretrained")
     """folder of the behaviour policies"""
-    action_noise: Weight = ACTION_NOISE
-    """standard deviation of the noise on the actions of medium and expert policies"""
+    action_noise: OptionalWeight = None
+    """standard deviation of the noise on the actions of medium and expert policies; default: 0.1, of HalfCheetah's 0.4
+    and 0.2"""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -92,6 +90,11 @@ class Args(Options):
 def behaviour_env(task: str, num_envs: int, seed, prey: dict[str, Tensor] | None):
     """Environments of a task, with its frozen prey."""
     return common.make_env(task, num_envs, seed=seed, prey=prey and partial(policy_action, prey))
+
+
+def noise_of(task: str, level: str, given: float | None = None) -> float:
+    """Standard deviation of the noise on the actions of a task's medium or expert policies."""
+    return ACTION_NOISE.get((task, level), 0.1) if given is None else given
 
 
 def behave(env, policies, generator: torch.Generator, action_noise: float):
@@ -212,7 +215,7 @@ def thinned_replay(task: str, behaviour: dict, num_transitions: int):
     return {name: x[:, kept].flatten(1, 2) for name, x in block.items()}, torch.full((len(kept),), steps)
 
 
-def make_blocks(task: str, dataset: str, behaviour: dict, num_transitions: int, seed: int, action_noise: float):
+def make_blocks(task: str, dataset: str, behaviour: dict, num_transitions: int, seed: int, noise: dict):
     """Yield a dataset's transitions as blocks of whole episodes."""
     if dataset == "medium-replay":
         yield thinned_replay(task, behaviour, num_transitions)
@@ -225,12 +228,12 @@ def make_blocks(task: str, dataset: str, behaviour: dict, num_transitions: int, 
     for i, source in enumerate(sources):
         if particles:
             share = (episodes + i) // len(sources) * env.episode_steps
-            act = behave(env, behaviour.get(source), generator, action_noise)
+            act = behave(env, behaviour.get(source), generator, noise[source])
             blocks = (rollout(env, act) for _ in count())
         else:
             share = num_transitions // len(sources)
             seeds = (seed, DATASETS.index(source))
-            blocks = parallel_rollouts(task, behaviour.get(source), action_noise, seeds, share)
+            blocks = parallel_rollouts(task, behaviour.get(source), noise[source], seeds, share)
         yield from whole_episodes(blocks, share)
 
 
@@ -271,39 +274,6 @@ def write_arrays(folder: Path, blocks, num_transitions: int, bar: tqdm) -> dict:
     }
 
 
-@contextmanager
-def replaced_folder(target: Path, overwrite: bool):
-    """A temporary folder in the scenario's that takes the place of `target` when the context ends well, or not at all.
-
-    Raises:
-        UserError: the disk refuses.
-    """
-    scenario = target.parents[1]
-    temporary = scenario / f".{target.parent.name}-{os.getpid()}-{time.time_ns()}.tmp"
-    replaced = temporary.with_suffix(".old")
-    for left in (*scenario.glob(".*.tmp"), *scenario.glob(".*.old")):
-        with suppress(FileNotFoundError):  # of a process that has just ended
-            if time.time() - left.stat().st_mtime > 86_400:  # no dataset takes a day: a killed process left it
-                shutil.rmtree(left, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        target.parent.mkdir(exist_ok=True)
-        if overwrite and target.exists():
-            os.rename(target, replaced)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not target.exists():
-                raise
-            print(f"{target}: another process has just made it; keeping that one")
-    except OSError as error:
-        raise UserError(f"{target}: {error.strerror or error}; free some space or choose another --data-dir") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
 def prey_obs_size(task: str) -> int | None:
     """Observation size of the scenario's prey, None where it has none."""
     if task not in SCENARIOS or len(SCENARIOS[task].agents) == SCENARIOS[task].num_controlled:
@@ -319,7 +289,7 @@ def collect(
     seed: int = 0,
     overwrite: bool = False,
     pretrained_dir: str | Path = common.ROOT / "pretrained",
-    action_noise: float = ACTION_NOISE,
+    action_noise: float | None = None,
 ) -> dict:
     """Make one dataset, in a temporary folder that is renamed when it is complete. Returns its metadata.
 
@@ -328,9 +298,10 @@ def collect(
     """
     if is_own(task):
         raise UserError(f"--scenario {task}: of your own; docs/own-environment.md shows how to record it")
+    args = Args((task,), (dataset,), num_transitions, data_dir, seed, overwrite, pretrained_dir, action_noise)
+    num_transitions, seed = args.num_transitions, args.seed  # checked and converted
+    noise = {level: noise_of(task, level, args.action_noise) for level in dataset.split("-")}
     target, env = common.dataset_path(data_dir, task, dataset, seed), common.make_env(task)
-    if dataset not in DATASETS:
-        raise UserError(f"--dataset {dataset}: unknown; choose one of {', '.join(DATASETS)}")
     if task not in PUBLISHED and dataset != "random":
         raise UserError(
             f"{target}: missing, and there are no behaviour policies of {task} to make it with, only random data; put "
@@ -351,18 +322,18 @@ def collect(
             print(f"{target}: one TD3 run is recorded, so all versions of medium-replay are the same", file=sys.stderr)
     with replaced_folder(target, overwrite) as folder:
         with tqdm(desc=f"{task}/{dataset}", total=num_transitions, unit="step", unit_scale=True) as bar:
-            blocks = make_blocks(task, dataset, behaviour, num_transitions, seed, action_noise)
+            blocks = make_blocks(task, dataset, behaviour, num_transitions, seed, noise)
             contents = write_arrays(folder, blocks, num_transitions, bar)
         metadata = {
             "scenario": task,
             "dataset": dataset,
             **contents,
             "seed": seed,
-            "action_noise": action_noise,
+            "action_noise": {level: std for level, std in noise.items() if level in ("medium", "expert")},
             "prey_checksum": behaviour["prey"] and policy_checksum(behaviour["prey"]),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }
-        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     return metadata
 
 
@@ -380,7 +351,7 @@ def print_table(made: list[dict]) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=lines(__doc__))
     for task in args.scenario:
         common.make_env(task)  # all names are checked before anything is made
     made = []

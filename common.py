@@ -66,7 +66,7 @@ def normalised_score(scenario: str, episode_return):
 def paper_result(scenario: str, dataset: str, shift: str, algorithm: str = "DOM2") -> tuple[float, float] | None:
     """Mean and standard deviation of the episode return in the paper's Tables 1 to 4; None if there is no such cell."""
     cell = {"scenario": scenario, "dataset": dataset, "shift": shift, "algorithm": algorithm}
-    with open(ROOT / "results" / "paper.csv", newline="") as f:
+    with open(ROOT / "results" / "paper.csv", encoding="utf-8", newline="") as f:
         for row in csv.DictReader(f):
             if all(row[k] == v for k, v in cell.items()):
                 return float(row["mean_return"]), float(row["std_return"])

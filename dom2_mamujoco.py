@@ -54,7 +54,7 @@ class DataArgs(options.DataArgs):
     """quality of the dataset"""
     scenario: scenario_of(*SCENARIOS) = "HalfCheetah"
     """the MuJoCo task (docs/environments.md), or module:function, an environment of your own"""
-    agent_conf: str | None = None
+    agent_conf: options.OptionalName = None
     """partition of its joints among agents, such as 6x1; default: 2 agents (Hopper, Pusher 3, ManySegmentSwimmer 10)"""
     agent_obsk: Natural = 0
     """an agent sees its own joints, and the angles of other joints up to this many joints away from its own"""
@@ -100,6 +100,10 @@ class NetworkArgs(options.Options):
     """widths of the MLP's layers; with --noise-net residual, widths of the blocks before the middle block"""
     critic_widths: Widths = (128, 128)
     """widths of the critics' hidden layers"""
+    critic_norm: bool = True
+    """layer normalisation (without parameters) before every ReLU of the critics"""
+    temperature: Weight = 0.0
+    """standard deviation of the noise from which acting starts: 1 as in the paper; 0: the same action every time"""
 
 
 @dataclass
@@ -323,16 +327,17 @@ class TwinCritic(nn.Module):
     Parameters have a leading axis of size 2 L: rows 2 l and 2 l + 1 belong to learner l.
     """
 
-    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths):
+    def __init__(self, num_learners: int, obs_size: int, action_size: int, widths, layer_norm: bool = False):
         super().__init__()
-        sizes = [obs_size + action_size, *widths, 1]
+        self.layer_norm, sizes = layer_norm, [obs_size + action_size, *widths, 1]
         self.layers = nn.ModuleList(StackedLinear(2 * num_learners, i, o) for i, o in pairwise(sizes))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         twins = len(self.layers[0].weight) // len(obs)  # 2, or 1 in `q1`, which passes only the first twin's weights
         x = torch.cat([obs, action], -1).repeat_interleave(twins, 0)  # [2 L, B, d + A]
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = layer(x)
+            x = F.relu(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
         return self.layers[-1](x).view(len(obs), twins, -1)
 
     def q1(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -472,7 +477,7 @@ def make_learners(args: Args, env, policy_class=DiffusionPolicy) -> nn.ModuleDic
         net = NOISE_NETS[args.noise_net](*sizes, args.widths)
         schedule = NoiseSchedule(beta_max=args.beta_max)
         learners[prefix + "policy"] = policy_class(net, schedule, args.diffusion_steps, args.prediction, mask)
-        learners[prefix + "critic"] = TwinCritic(*sizes, args.critic_widths)
+        learners[prefix + "critic"] = TwinCritic(*sizes, args.critic_widths, args.critic_norm)
     for name in ("policy", "critic"):
         learners[f"target_{name}"].load_state_dict(learners[name].state_dict())
         learners[f"target_{name}"].requires_grad_(False)
@@ -537,10 +542,10 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
 
 @torch.no_grad()
 def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """Sample an action for every observation: [L, E, d] -> [L, E, A]."""
+    """Sample an action for every observation, from noise scaled by args.temperature: [L, E, d] -> [L, E, A]."""
     action_size = learners["critic"].layers[0].weight.shape[1] - obs.shape[-1]
     noise = torch.randn(*obs.shape[:2], action_size, generator=generator, device=obs.device)
-    return learners["policy"](obs, noise)
+    return learners["policy"](obs, args.temperature * noise)
 
 
 DOM2 = Algorithm("dom2", Args, SETTINGS, make_learners, make_optimizers, sample_batch, update, act)

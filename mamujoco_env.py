@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.arrays import as_int, as_tensor
+
 # Robots, and the partition where none is given: "2x3" is two agents of three joints each.
 SCENARIOS = {
     "HalfCheetah": "2x3",
@@ -176,9 +178,9 @@ class MujocoEnv:
             raise ValueError(f"unknown shift {shift!r}: choose 'random', 'extreme' or none")
         if render_mode is not None and sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")
-        self.task, self.num_envs, self.shift = task, num_envs, SHIFTS.get(shift)
+        self.task, self.num_envs, self.shift = task, as_int(num_envs, "num_envs", 1), SHIFTS.get(shift)
         self.device = torch.device(device)
-        self.envs = make_robots(task, num_envs, render_mode)
+        self.envs = make_robots(task, self.num_envs, render_mode)
         env = self.envs[0]
         self.robots = [env.single_agent_env.unwrapped for env in self.envs]
         joints = [[joint.act_ids for joint in partition] for partition in env.agent_action_partitions]
@@ -193,17 +195,18 @@ class MujocoEnv:
         self.obs_sizes = tuple(env.observation_space(agent).shape[0] for agent in env.possible_agents)
         self.obs_size = max(self.obs_sizes)
         self.state_size = len(env.state())
-        self.ratios = np.ones((num_envs, 3))  # drawn gear, torso and friction
+        self.ratios = np.ones((self.num_envs, 3))  # drawn gear, torso and friction
         self.seed(seed)
-        self._obs = np.zeros((num_envs, self.num_agents, self.obs_size), np.float32)
-        self._state = np.zeros((num_envs, self.state_size), np.float32)
-        self._terminated = np.zeros(num_envs, bool)
+        self._obs = np.zeros((self.num_envs, self.num_agents, self.obs_size), np.float32)
+        self._state = np.zeros((self.num_envs, self.state_size), np.float32)
+        self._terminated = np.zeros(self.num_envs, bool)
 
     def seed(self, seed) -> None:
         """From the next reset on, the episodes of a new object with this seed; the robots are costly to make."""
         self._generators = []  # of the shifts
+        numbers = [as_int(x, "seed", 0) for x in (seed if isinstance(seed, tuple) else (seed,))]
         for i, robot in enumerate(self.robots):
-            sequence = np.random.SeedSequence([*(seed if isinstance(seed, tuple) else (seed,)), i])
+            sequence = np.random.SeedSequence([*numbers, i])
             robot.np_random = np.random.default_rng(int(sequence.generate_state(1)[0]))
             self._generators.append(np.random.default_rng(sequence.spawn(1)[0]))
 
@@ -249,14 +252,19 @@ class MujocoEnv:
         """Advance every environment that has not ended by one step; the others stand still, at reward 0.
 
         Args:
-            actions: [E, n, A] in [-1, 1], one number per joint; what an agent has beyond its joints is ignored.
+            actions: [E, n, A], one number per joint, clipped to [-1, 1]; what an agent has beyond them is ignored.
 
         Returns:
             obs [E, n, d], rewards [E, n] (every agent gets the robot's), terminated [E].
+
+        Raises:
+            ValueError: the actions have another shape or are not finite.
         """
+        shape = (self.num_envs, self.num_agents, self.action_size)
+        actions = as_tensor(actions, "the array of actions", shape, dtype=torch.float64, finite=True)
         controls = np.empty((self.num_envs, self._joints.size))
-        actions = actions * self.action_scale
-        controls[:, self._joints] = actions.reshape(self.num_envs, -1).cpu().numpy()[:, self._entries]
+        actions = actions.detach().clamp(-1, 1) * self.action_scale
+        controls[:, self._joints] = actions.flatten(1).numpy()[:, self._entries]
         reward = np.zeros(self.num_envs, np.float32)
         for i in np.flatnonzero(~self._terminated):
             self._state[i], reward[i], self._terminated[i], _, _ = self.robots[i].step(controls[i])

@@ -25,6 +25,8 @@ from pettingzoo import ParallelEnv
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from utils.arrays import as_int, as_tensor
+
 EPISODE_STEPS = 25
 DT = 0.1  # time per step
 DAMPING = 0.25  # share of the velocity lost per step
@@ -164,12 +166,16 @@ class ParticleEnv:
     """
 
     def __init__(self, scenario, num_envs, shift=None, device="cpu", dtype=torch.float32, seed=0, num_agents=None):
-        self.scenario, self.spec, self.num_envs = scenario, scenario_spec(scenario, num_agents), num_envs
+        self.scenario, self.spec, self.num_envs = (
+            scenario,
+            scenario_spec(scenario, num_agents),
+            as_int(num_envs, "num_envs", 1),
+        )
         shifts = self.spec.shifts
         if shift not in (None, "none", *shifts):
             raise ValueError(f"unknown shift {shift!r} of {scenario}: choose {' or '.join(shifts)} or none")
         self.shift, self.device, self.dtype = shift, torch.device(device), dtype
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(as_int(seed, "seed"))
         spec = self.spec
         self.num_agents, self.num_landmarks = len(spec.agents), len(spec.landmarks)
         n, m, solid = self.num_agents, self.num_landmarks, spec.num_solid
@@ -182,7 +188,7 @@ class ParticleEnv:
         self._capped = min(spec.max_speed) < INF
         solid_size = torch.cat([self.agent_size, self.landmark_size[:solid]])  # [n + s]
         self._contact_distance = self.agent_size[:, None] + solid_size  # [n, n + s]
-        self._contact_distance[torch.arange(n), torch.arange(n)] = -INF  # nobody collides with itself
+        self._contact_distance[range(n), range(n)] = -INF  # nobody collides with itself
         others = [[j for j in range(n) if j != i] for i in range(n)]
         self._others = torch.tensor(others, dtype=torch.long, device=self.device)  # [n, n - 1]
         self.obs_sizes = tuple(4 + 2 * m + 2 * (n - 1) + extra for extra in self._extra_sizes())
@@ -225,25 +231,30 @@ class ParticleEnv:
         Raises:
             ValueError: a shape does not fit.
         """
-        for name, value in (("agent_pos", agent_pos), ("agent_vel", agent_vel), ("landmark_pos", landmark_pos)):
-            expected = tuple(getattr(self, name).shape)
-            if tuple(value.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
-            setattr(self, name, torch.as_tensor(value, device=self.device, dtype=self.dtype).clone())
+        given = {"agent_pos": agent_pos, "agent_vel": agent_vel, "landmark_pos": landmark_pos}
+        state = {
+            name: as_tensor(x, name, getattr(self, name).shape, self.device, self.dtype) for name, x in given.items()
+        }
+        for name, x in state.items():
+            setattr(self, name, x.clone())
         return self._observations()
 
     def step(self, actions: Tensor) -> tuple[list[Tensor], Tensor]:
         """Advance every world by one step of DT.
 
         Args:
-            actions: [E, n, 2], meant for [-1, 1]; the environment does not clip them.
+            actions: [E, n, 2], clipped to [-1, 1]; whether they are finite is not checked.
 
         Returns:
             obs: list over agents of [E, d_i], in agent order. rewards: [E, n], of the state after the step.
+
+        Raises:
+            ValueError: the actions have another shape.
         """
         pos = self.agent_pos
+        actions = as_tensor(actions, "the array of actions", pos.shape, self.device, self.dtype).clamp(-1, 1)
         solid = torch.cat([pos, self.landmark_pos[:, : self.spec.num_solid]], 1)  # [E, n + s, 2]
-        force = (self.gain * self.speed)[..., None] * actions.to(self.dtype)  # [E, n, 2]
+        force = (self.gain * self.speed)[..., None] * actions  # [E, n, 2]
         # Contact: every pair repels by k log(1 + exp(-(r - s_i - s_j) / k)); softplus is linear beyond 40, in float64
         # exact to rounding.
         delta = pos[:, :, None] - solid[:, None, :]  # [E, n, n + s, 2]
@@ -286,9 +297,9 @@ class ParticleEnv:
             else:  # each has its own to its nearest landmark
                 cover = (1 / d.amin(2)).clamp(max=10.0)  # [E, n]
             touching = _distance(pos[:, :, None], pos[:, self._others]) < size[:, None] + size[self._others]
-            return cover - 5.0 * touching.sum(-1)
+            return cover - 5.0 * touching.sum(-1, dtype=self.dtype)
         d = _distance(pos[:, :-1], pos[:, -1:])  # predators to prey [E, 3]
-        catches = self.spec.catch_reward * (d < size[:-1] + size[-1]).sum(-1)  # [E]
+        catches = self.spec.catch_reward * (d < size[:-1] + size[-1]).sum(-1, dtype=self.dtype)  # [E]
         predators = catches - 0.1 * d.sum(-1)
         prey = -predators
         if self.scenario == "simple_tag":
@@ -316,7 +327,7 @@ class TeamEnv:
     A world that has terminated gives reward 0 until the next reset.
 
     Args:
-        prey: maps the prey's observations [E, d'] to its actions [E, 2]; needed where the scenario has a prey.
+        prey: maps the prey's observations [E, d'] to its actions [E, 2]; `step` needs it where there is a prey.
         The other arguments are those of ParticleEnv.
     """
 
@@ -326,11 +337,11 @@ class TeamEnv:
         self.world = ParticleEnv(scenario, num_envs, shift, device, seed=seed, num_agents=num_agents)
         self.prey = prey
         spec = self.world.spec
-        self.num_envs, self.num_agents = num_envs, spec.num_controlled
+        self.num_envs, self.num_agents = self.world.num_envs, spec.num_controlled
         self.obs_sizes = self.world.obs_sizes[: self.num_agents]
         self.obs_size, self.action_sizes = max(self.obs_sizes), (self.action_size,) * self.num_agents
         self.agents, self.device = spec.agents[: spec.num_controlled], self.world.device
-        self.terminated = torch.zeros(num_envs, dtype=torch.bool, device=self.device)  # nothing ever terminates
+        self.terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # nothing ever terminates
 
     def reset(self) -> Tensor:
         """Start a new episode in every world. Returns obs [E, n, d]."""
@@ -338,10 +349,19 @@ class TeamEnv:
         return torch.stack(self._obs[: self.num_agents], 1)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Advance every world by one step. Returns obs [E, n, d], rewards [E, n], terminated [E]."""
-        n = self.num_agents
-        if self.world.num_agents > n:
-            actions = torch.cat([actions, self.prey(self._obs[n])[:, None]], 1)
+        """Advance every world by one step. Returns obs [E, n, d], rewards [E, n], terminated [E].
+
+        Raises:
+            ValueError: the actions have another shape, or there is a prey but no policy for it.
+        """
+        n, world = self.num_agents, self.world
+        actions = as_tensor(actions, "the array of actions", (self.num_envs, n, 2), self.device, world.dtype)
+        if world.num_agents > n:
+            if self.prey is None:
+                raise ValueError(f"{world.scenario} has a prey: make the environment with prey=..., its policy")
+            prey, shape = self.prey(self._obs[n]), (self.num_envs, 2)
+            prey = as_tensor(prey, "the array of the prey's actions", shape, self.device, world.dtype)
+            actions = torch.cat([actions, prey[:, None]], 1)
         self._obs, rewards = self.world.step(actions)
         return torch.stack(self._obs[:n], 1), rewards[:, :n], self.terminated
 
@@ -390,8 +410,8 @@ def draw(env: ParticleEnv, index: int = 0, size: int = 500) -> np.ndarray:
 class ParticleParallelEnv(ParallelEnv):
     """One world of `ParticleEnv` as a PettingZoo ParallelEnv.
 
-    Actions are Box(-1, 1, (2,)) and, as in ParticleEnv, not clipped; observations are Box(-inf, inf, (d_i,)); both are
-    float32. No agent ever terminates: all are truncated together after EPISODE_STEPS steps.
+    Actions are Box(-1, 1, (2,)), clipped as in ParticleEnv; observations are Box(-inf, inf, (d_i,)); both are float32.
+    No agent ever terminates: all are truncated together after EPISODE_STEPS steps.
 
     Args:
         scenario, shift, num_agents: as in ParticleEnv.
@@ -430,7 +450,7 @@ class ParticleParallelEnv(ParallelEnv):
     def reset(self, seed=None, options=None):
         """Start an episode; a seed restarts the random stream. Returns obs and infos, dicts over agents."""
         if seed is not None:
-            self.world.generator.manual_seed(seed)
+            self.world.generator.manual_seed(as_int(seed, "seed"))
         self.agents, self.steps = list(self.possible_agents), 0
         return self._by_agent(o[0].numpy() for o in self.world.reset()), {agent: {} for agent in self.agents}
 
@@ -439,11 +459,14 @@ class ParticleParallelEnv(ParallelEnv):
 
         Raises:
             RuntimeError: the episode is over, or none has begun.
+            ValueError: an agent is missing or unknown, or its action has another shape or is not finite.
         """
         if not self.agents:
             raise RuntimeError("no episode is running: call reset() first")
-        stacked = torch.from_numpy(np.stack([actions[agent] for agent in self.agents]))  # [n, 2]
-        obs, rewards = self.world.step(stacked[None])
+        if actions.keys() != set(self.agents):
+            raise ValueError(f"actions of {', '.join(map(str, actions))}: expected {', '.join(self.agents)}")
+        stacked = [as_tensor(actions[agent], f"action of {agent}", (2,), finite=True) for agent in self.agents]
+        obs, rewards = self.world.step(torch.stack(stacked).detach()[None])
         self.steps += 1
         truncated = self.steps == EPISODE_STEPS
         if truncated:

@@ -25,17 +25,18 @@ import common
 from own_env import OWN, is_own
 from particle_env import SCENARIOS, ParticleEnv
 from utils import evaluation
+from utils.accelerate import compiled, cuda_graph
 from utils.checkpoints import finite_state, load_checkpoint, locked, new_run_dir, restore
-from utils.data import statistics
+from utils.data import alike, statistics
 from utils.frozen import load_prey, policy_action
 from utils.options import parse_groups
-from utils.program import UserError, catch_signals, disk_errors, save_torch, write_file
+from utils.program import UserError, catch_signals, counted, disk_errors, save_torch, write_file
 from utils.provenance import git_commit, hardware, script_command
 
 # Options that may change when a run is continued or evaluated again; with a policy file also --run-dir.
 MACHINE = {"data_dir", "cuda", "compile", "resume", "eval_only", "capture_video"}
 WITH_RESUME = MACHINE | {"track", "updates", "lr", "actor_lr", "critic_lr", "eval_interval", "eval_episodes", "shift"}
-WITH_EVAL_ONLY = MACHINE | {"eval_episodes", "eval_candidates", "eval_alpha", "shift"}
+WITH_EVAL_ONLY = MACHINE | {"eval_episodes", "eval_candidates", "eval_alpha", "temperature", "shift"}
 
 
 class Algorithm(NamedTuple):
@@ -174,20 +175,22 @@ class Run:
                 torch.set_rng_state(self.checkpoint["rng"])
             if self.device.type == "cuda" and self.checkpoint["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+            if data is not None and not alike(statistics(data), self.stats):
+                raise UserError(f"--data-dir {self.args.data_dir}: not the data that {self.path} was trained on")
         if self.args.eval_only:
             self.updates = range(0)
             yield self
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help needs none of it
 
-        stats = statistics(data)
         if self.checkpoint is None:
-            self.path, self.stats = new_run_dir(self.args, self.algorithm.name), stats
-        elif any(stats[key] != self.stats[key] for key in ("versions", "transitions")):
-            raise UserError(f"{self.path}: its dataset was another one, {self.stats}; it is now {stats}; restore it")
+            self.path, self.stats = new_run_dir(self.args, self.algorithm.name), statistics(data)
         args = self.args
-        of = f"{args.num_seeds} seeds x {len(data.obs)} agents"
-        print(f"{args.scenario}/{args.dataset}: {args.num_seeds * len(data.obs)} learners ({of}), {self.path}")
+        of = f"{counted(args.num_seeds, 'seed')} x {counted(len(data.obs), 'agent')}"
+        learners = counted(args.num_seeds * len(data.obs), "learner")
+        print(f"{args.scenario}/{args.dataset}: {learners} ({of}), {self.path}")
+        if self.first_update == args.updates:
+            print(f"{self.path}: all its {counted(args.updates, 'update')} are made; a larger --updates goes on")
         if args.track:
             import wandb
 
@@ -216,7 +219,7 @@ class Run:
                 raise SystemExit(128 + self.stopped[0])
 
     def continuation(self) -> str:
-        return f"{script_command()} --resume {shlex.quote(str(self.path))}"
+        return f"{script_command()} --resume {shlex.quote(self.path.as_posix())}"
 
     def accelerate(self, step):
         """`step()` as --bf16 and --compile want it."""
@@ -274,7 +277,7 @@ class Run:
             "prey": self.prey,
             "data": self.stats,
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
         save_torch(self.path / "checkpoint.pt", checkpoint, previous=self.path / "checkpoint-previous.pt")
         write_file(self.path / "config.json", json.dumps(asdict(self.args), indent=2).encode() + b"\n")
@@ -308,40 +311,10 @@ class Run:
         name = "evaluation.json" if args.eval_only else "results.json"
         with disk_errors(self.path, f"free some space; {self.continuation()} goes on"):
             write_file(self.path / name, json.dumps(results, indent=2).encode() + b"\n")
-            video = evaluation.write_gif(self, self.path / "policy.gif") if args.capture_video else None
+            gif = self.path / ("evaluation.gif" if args.eval_only else "policy.gif")
+            video = evaluation.write_gif(self, gif) if args.capture_video else None
         print(evaluation.closing_table(results))
         if video:
             print(video)
         print(f"{self.path}: {name}" if args.eval_only else f"{self.path}: {name}, checkpoint.pt, TensorBoard events")
         return results
-
-
-def cuda_graph(step):
-    """`step()` as one CUDA graph: three ordinary calls, then it is recorded once and replayed at every further call.
-
-    A small update is some thousand kernels of a few microseconds, and starting them one by one takes longer than they
-    run. `step` must work on the same tensors every time and copy nothing from or to the host.
-    """
-    stream, graph, calls, output = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, None
-
-    def replay():
-        nonlocal calls, output
-        calls += 1
-        if calls <= 3:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                output = step()
-            torch.cuda.current_stream().wait_stream(stream)
-            return output
-        if calls == 4:
-            with torch.cuda.graph(graph):
-                output = step()
-        graph.replay()
-        return output
-
-    return replay
-
-
-def compiled(step):
-    """`step()` through torch.compile; it draws the same random numbers as without."""
-    return torch.compile(step, dynamic=False, options={"fallback_random": True})

@@ -36,9 +36,9 @@ class DataArgs(options.DataArgs):
     """simple_spread, simple_tag, simple_world, landmarks6, a MuJoCo task, or module:function, one of your own"""
     augment: bool = False
     """replicate high-return trajectories (DOM2's Algorithm 1)"""
-    prey: str | None = None
+    prey: options.OptionalName = None
     """frozen prey of simple_tag and simple_world; default: pretrained/; for data from elsewhere give theirs"""
-    agent_conf: str | None = None
+    agent_conf: options.OptionalName = None
     """partition of a MuJoCo task's joints among agents, such as 6x1; default: HalfCheetah 2x3"""
     agent_obsk: Natural = 0
     """an agent of a MuJoCo task sees its own joints, and the angles of those at most so many joints away"""

@@ -32,8 +32,10 @@ import dom2_mpe
 from common import ROOT, Dataset, make_env
 from dom2_mpe import DOM2
 from particle_env import EPISODE_STEPS, ParticleEnv
-from run import cuda_graph, scenario_prey
+from run import scenario_prey
+from utils.accelerate import cuda_graph
 from utils.frozen import policy_action
+from utils.options import lines
 from utils.program import program
 from utils.provenance import hardware
 
@@ -250,7 +252,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=lines(__doc__))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"hardware: {hardware(device)}")
     for measure in MEASURES:

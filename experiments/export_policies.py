@@ -78,7 +78,11 @@ def prepare(run: str, num_seeds: int | None) -> tuple[str, dict, dict]:
     options = asdict(args) | {name: defaults[name] for name in MACHINE} | {"num_seeds": K}
     returns = {shift: x[:K] for shift, x in results["returns"].items()}
     results = {name: results[name] for name in OF_RESULTS} | {"num_seeds": K, "returns": returns}
-    return f"{common.task_name(args)}-{args.dataset}".replace(":", "."), checkpoint | {"learners": policy, "args": options}, results
+    return (
+        f"{common.task_name(args)}-{args.dataset}".replace(":", "."),
+        checkpoint | {"learners": policy, "args": options},
+        results,
+    )
 
 
 def table(folder: Path) -> str:

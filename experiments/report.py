@@ -178,12 +178,12 @@ def read(path: Path) -> dict | None:
         UserError: it is damaged.
     """
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text("utf-8"))
         if {"returns", "data", "settings", "seconds", "updates"} <= results.keys():
             return results
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     raise UserError(f"{path}: no readable result; restore it, or delete it to run its cell again")
 

@@ -14,7 +14,6 @@ continued by the same line, each cell from its checkpoint. On a cluster that lin
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
 import json
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import tyro
+from filelock import lock_descriptor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
@@ -50,11 +50,12 @@ from experiments.report import (
     write_result,
 )
 from run import parse as parse_options
+from utils.options import Name, OptionalName, Options, lines
 from utils.program import UserError, catch_signals, program, usable_cores
 
 
 @dataclass
-class Args:
+class Args(Options):
     target: tyro.conf.Positional[Literal[(*TARGETS, "report")]]
     """table, figure or study to run; report: all tables and figures from the raw results, without running anything"""
     scenarios: tuple[str, ...] = ()
@@ -77,17 +78,17 @@ class Args:
     """slurm: a job array"""
     jobs: int = 0
     """cells at once; 0: one per GPU, or per core where there is no GPU; with slurm: no limit"""
-    partition: str | None = None
+    partition: OptionalName = None
     """slurm: partition to submit to; default: the cluster's"""
     gpus: int = 0
     """slurm: GPUs per cell"""
     cpus: int = 1
     """slurm: cores per cell"""
-    time_limit: str | None = None
+    time_limit: OptionalName = None
     """slurm: time limit per cell, as sbatch takes it; a cell that it ends is continued by the next invocation"""
-    results_dir: str = "results"
+    results_dir: Name = "results"
     """folder of the raw results and the report"""
-    run_dir: str = "runs/reproduce"
+    run_dir: Name = "runs/reproduce"
     """folder of the cells' run folders and logs"""
 
 
@@ -101,6 +102,8 @@ NOT_COMPARED = (
     *("num_seeds", "eval_interval", "cuda", "compile"),
     *("run_dir", "resume", "eval_only", "capture_video", "track"),
 )
+# Options of a cell's command that cannot be added to it.
+OWN_OPTIONS = ("--scenario", "--dataset", "--num-seeds", "--updates", "--run-dir", "--resume", "--eval-only")
 # Options that were removed, with the values under which old results agree with today's algorithm.
 REMOVED = {"solver": "dpm", "q_normaliser": "abs", "eval_candidates": 1, "beta_min": 0.1}
 
@@ -179,6 +182,7 @@ def collect(job: Job) -> bool:
 
 
 TO_RUN = ("missing", "interrupted")
+WINDOWS = os.name == "nt"
 
 
 def find_states(jobs: list[Job], args: Args) -> list[str]:
@@ -206,22 +210,31 @@ def find_states(jobs: list[Job], args: Args) -> list[str]:
 def note(job: Job, name: str) -> str:
     """Text of a file in a job's folder, "" without one: exit_code, or job (its id on the cluster)."""
     path = job.folder / name
-    return path.read_text().strip() if path.exists() else ""
+    return path.read_text("utf-8").strip() if path.exists() else ""
 
 
 def lock(job: Job):
     """Take the lock of a job's folder: the open file that holds it, or None if another process holds it.
 
     A process that inherits the file keeps the lock, even when this process is killed. So no cell runs twice at once.
+    Where the file system has no locks, nobody else is noticed, and a warning says so.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    file = open(job.folder / "lock", "w")
+    file = open(job.folder / "lock", "wb")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock_descriptor(file.fileno(), blocking=False):
+            return file
+    except OSError as error:
+        warn(f"the folder of --run-dir has no locks ({error.strerror or error}); do not run this grid twice at once")
         return file
-    except OSError:
-        file.close()
-        return None
+    file.close()
+    return None
+
+
+@cache
+def warn(text: str) -> None:
+    """Print a warning once."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def locked(job: Job) -> bool:
@@ -246,15 +259,27 @@ def start_command(job: Job) -> list[str]:
 
 def from_root(path: Path) -> str:
     """The path relative to the repository, where cells run, so that results name no folder of this machine."""
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
 
 
 def find_gpus() -> list[str]:
     """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(count)] if visible is None else visible.split(",")
+    return [name.strip() for name in names[:count]]  # CUDA ignores what follows the first name that is none
+
+
+def start(job: Job, env: dict[str, str], held) -> subprocess.Popen:
+    """Start a cell. Ctrl-C does not reach it: this process stops it. `held` is the file that holds its lock."""
+    if WINDOWS:  # whose locks cannot be inherited
+        options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    else:
+        options = {"pass_fds": [held.fileno()], "start_new_session": True}
+    command = start_command(job)
+    with open(job.folder / "log.txt", "ab") as log:
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options)
 
 
 def run_local(jobs: list[Job], args: Args) -> None:
@@ -274,23 +299,20 @@ def run_local(jobs: list[Job], args: Args) -> None:
                 slot = slots.pop(0)
                 if gpus:
                     env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-                options = {"env": env, "cwd": ROOT, "pass_fds": [held.fileno()], "start_new_session": True}
-                with held, open(job.folder / "log.txt", "a") as log:
-                    process = subprocess.Popen(
-                        start_command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
-                    )
-                running[process] = job, slot
+                running[start(job, env, held)] = job, slot, held
             if stopped:
                 for process in running:
                     process.terminate()
                 for process in running:
                     process.wait()
             for process in [process for process in running if process.poll() is not None]:
-                job, slot = running.pop(process)
+                job, slot, held = running.pop(process)
                 slots.append(slot)
-                write(job.folder / "exit_code", f"{process.returncode}\n")
+                if not (stopped and process.returncode == 1 and WINDOWS):  # there a stopped cell seems to have failed
+                    write(job.folder / "exit_code", f"{process.returncode}\n")
+                    failed += 0 < process.returncode < 128  # others finished or were stopped
                 collect(job)
-                failed += 0 < process.returncode < 128  # others finished or were stopped
+                held.close()
                 bar.update()
             bar.set_postfix_str(f"{len(running)} running, {failed} failed")
             time.sleep(0.1)
@@ -366,8 +388,8 @@ def choose_cells(args: Args) -> list[Cell]:
     Raises:
         UserError: an option has a value that it cannot have.
     """
-    for option, least in (("num_seeds", 1), ("jobs", 0), ("gpus", 0), ("cpus", 1)):
-        if getattr(args, option) < least:
+    for option, least in (("num_seeds", 1), ("updates", 1), ("jobs", 0), ("gpus", 0), ("cpus", 1)):
+        if getattr(args, option) is not None and getattr(args, option) < least:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
     if args.target == "report":
         return []
@@ -440,7 +462,10 @@ def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
 def main() -> None:
     words = sys.argv[1:]
     here = words.index("--") if "--" in words else len(words)
-    args = tyro.cli(Args, description=__doc__, args=words[:here])
+    args = tyro.cli(Args, description=lines(__doc__), args=words[:here])
+    for word in words[here + 1 :]:
+        if (option := word.partition("=")[0].replace("_", "-")) in OWN_OPTIONS:
+            raise UserError(f"-- {option}: this program sets it for each cell; leave it out")
     if not reproduce(args, tuple(words[here + 1 :])):
         sys.exit(1)
 

@@ -29,19 +29,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
-from collect_datasets import ACTION_NOISE, PUBLISHED, behave, behaviour_env, rollout, team_returns
+from collect_datasets import PUBLISHED, behave, behaviour_env, rollout, team_returns
 from dom2_mpe import StackedLinear, soft_update
 from particle_env import SCENARIOS, ParticleEnv
+from utils.options import Name, Options, Seed, lines
 from utils.program import UserError, disk_errors, load_torch, program, save_torch
 
 
 @dataclass
-class Args:
+class Args(Options):
     scenario: Literal["simple_spread", "simple_tag", "simple_world", "landmarks6", "HalfCheetah"]
     """the scenario"""
-    output: str = "pretrained"
+    output: Name = "pretrained"
     """folder of the result, <scenario>.pt"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of everything random"""
     overwrite: bool = False
     """replace policies that exist"""
@@ -252,9 +253,7 @@ class TD3:
 def level(scenario: str, policies, prey) -> float:
     """Mean return of policies with the datasets' action noise, on the same episodes every time."""
     env = behaviour_env(scenario, RECIPES[scenario].level_episodes, 1, prey)
-    return (
-        team_returns(*rollout(env, behave(env, policies, torch.Generator().manual_seed(1), ACTION_NOISE))).mean().item()
-    )
+    return team_returns(*rollout(env, behave(env, policies, torch.Generator().manual_seed(1), 0.1))).mean().item()
 
 
 def train_to(td3: TD3, scenario: str, prey, target: float, bar: tqdm, checkpoint) -> float:
@@ -306,7 +305,7 @@ def train_behaviour(scenario: str, seed: int, training_dir: str | Path = "traini
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=lines(__doc__))
     path = Path(args.output) / f"{args.scenario}.pt"
     if path.exists() and not args.overwrite:
         raise UserError(f"{path}: exists; pass --overwrite to replace it, or another --output")

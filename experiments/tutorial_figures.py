@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import tyro
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -34,6 +35,8 @@ from dom2_mpe import (
     sample_batch,
     time_grid,
 )
+from utils.options import lines
+from utils.program import program
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 LEFT, RIGHT, DATA = "#1f77b4", "#d95f02", "#8a8a8a"
@@ -180,6 +183,12 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def main(folder: Path = DOCS, updates: int = 1_200) -> None:
+    """Train the networks and draw the three figures.
+
+    Args:
+        folder: where the figures go
+        updates: gradient steps of the policies
+    """
     data, learners = train_policies(updates, num_steps=10)
     save(plot_denoising(denoise(learners["policy"], 100)), folder / "tutorial-denoising.png")
     with torch.no_grad():
@@ -191,4 +200,4 @@ def main(folder: Path = DOCS, updates: int = 1_200) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(lambda: tyro.cli(main, description=lines(__doc__)))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import ROOT
 from experiments import benchmark
-from run import compiled, cuda_graph
+from utils.accelerate import compiled, cuda_graph
 
 
 def test_recorded_products_hold_the_arithmetic_of_an_update():

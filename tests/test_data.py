@@ -18,10 +18,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from test_robustness import SCRIPTS
 from tqdm import tqdm
 
 import collect_datasets
 import common
+import dom2_mamujoco
 import dom2_mpe
 from experiments import train_behaviour
 from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
@@ -355,6 +357,137 @@ def test_published_layout_loads(published, tmp_path, data_dir, column, dtype):
     assert loaded.metadata == {}
 
 
+# ---- data of one's own ----
+
+
+def own_data(folder, data_dir, rows, ends):
+    """`rows` rows of simple_spread without metadata, whose episodes end in the rows `ends` and at the time limit."""
+    made = common.dataset_path(data_dir, "simple_spread", "random")
+    folder = common.dataset_path(folder, "simple_spread", "random")
+    folder.mkdir(parents=True)
+    for name in FILES:
+        for agent in range(N):
+            array = np.load(made / f"{name}_{agent}.npy")
+            array = np.concatenate([array] * -(-rows // len(array)))[:rows]
+            if name == "dones":
+                array[list(ends)] = 1
+            np.save(folder / f"{name}_{agent}.npy", array)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "rows, ends, begin",
+    [
+        (100, (9, 24), [10, 15, 25, 25, 25]),
+        (2500, (29, 49), [25, 5, 20, 25]),
+    ],
+)
+def test_one_notion_of_where_episodes_end(rows, ends, begin, data_dir, tmp_path):
+    """The data's own, in returns, augmentation, shares of the data and windows."""
+    own_data(tmp_path, data_dir, rows, ends)
+    data = load(tmp_path, "simple_spread", "random")
+    lengths = begin + [25] * ((rows - sum(begin)) // 25)
+    assert data.lengths.tolist() == lengths and data.starts.tolist() == np.cumsum([0, *lengths[:-1]]).tolist()
+    reward = arrays(tmp_path, "simple_spread", "random")["rews"].mean(0)
+    returns = [x.sum() for x in np.split(reward, np.cumsum(lengths)[:-1])]
+    np.testing.assert_allclose(data.returns, returns, rtol=1e-5)
+    assert data.done.nonzero()[:, 1].tolist() == list(ends) * N  # none of them at the time limit
+
+    torch.manual_seed(0)
+    episode = torch.arange(len(lengths)).repeat_interleave(data.lengths)
+    numbered = data._replace(obs=episode.float().expand(N, -1)[..., None], next_obs=data.next_obs[..., :1])
+    numbered = numbered._replace(next_obs=numbered.obs)
+    part = take_share(numbered, 0.5)
+    starts = part.starts.tolist()
+    assert [x.unique().numel() for x in part.obs[0, :, 0].tensor_split(starts[1:])] == [1] * len(starts)
+    half = data.returns.quantile(torch.tensor([0.5])).tolist()
+    numbered = numbered.replicated(lambda returns: dom2_mpe.augment(returns, half))
+    for script in ("baselines/ma_sfbc", "baselines/madiff"):
+        algorithm, small = SCRIPTS[script]
+        args = algorithm.args(**small | dict(dataset="random", batch_size=800))
+        batch = algorithm.sample_batch(numbered, args)
+        windows = batch.obs.reshape(N, -1, small.get("window") or small["horizon"])
+        assert (windows == windows[..., :1]).all() and windows.unique().numel() > len(lengths) / 2
+
+
+@pytest.mark.parametrize("script", ["dom2_mpe", "baselines/ma_sfbc", "baselines/madiff"])
+def test_episodes_that_end_early_are_learned_from(script, data_dir, tmp_path):
+    own_data(tmp_path / "own", data_dir, 100, (9, 24))
+    algorithm, small = SCRIPTS[script]
+    tiny = dict(dataset="random", updates=2, batch_size=8, eval_episodes=2, shift=(), cuda=False)
+    places = dict(data_dir=tmp_path / "own", run_dir=tmp_path / "runs")
+    results = dom2_mpe.train(algorithm.args(**small | tiny | places), algorithm)
+    assert results["data"]["transitions"] == 100 and np.isfinite(results["returns"]["none"]).all()
+
+
+def test_actions_that_no_policy_can_take_are_reported(data_dir, tmp_path, capsys):
+    folder = own_data(tmp_path, data_dir, 500, ())
+    args = options(tmp_path, scenario="simple_spread", dataset="random")
+    load_data(args, common.make_env("simple_spread"), None)
+    assert capsys.readouterr().err == ""
+    outside = 0
+    for agent in range(N):
+        actions = 10 * np.load(folder / f"acs_{agent}.npy")
+        outside += (np.abs(actions) > 1).mean() / N
+        np.save(folder / f"acs_{agent}.npy", actions)
+    data = load_data(args, common.make_env("simple_spread"), None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {folder}: {outside:.2%} of the action entries are outside [-1, 1]")
+    assert outside > 0.5 and data.action.abs().max() > 9  # nothing is cut in silence
+
+
+@pytest.mark.parametrize("scenario", ["simple_spread", "Reacher"])
+def test_rows_that_do_not_follow_each_other_are_reported(scenario, data_dir, tmp_path, capsys):
+    """As where the steps of five environments were written in turn: returns and windows would mix them."""
+    env = common.make_env(scenario)
+    made, folder = (common.dataset_path(x, scenario, "random") for x in (data_dir, tmp_path))
+    arguments = dom2_mamujoco.DOM2.args("Reacher", "random") if scenario == "Reacher" else options(tmp_path)
+    arguments = replace(arguments, scenario=scenario, dataset="random", data_dir=tmp_path)
+    folder.mkdir(parents=True)
+
+    def reported(in_turn):
+        for name in FILES:
+            for agent in range(env.num_agents):
+                array = np.load(made / f"{name}_{agent}.npy")
+                if in_turn:
+                    array = np.stack(np.split(array, 5), 1).reshape(array.shape)
+                np.save(folder / f"{name}_{agent}.npy", array)
+        load_data(arguments, env, None)
+        return capsys.readouterr().err
+
+    assert reported(in_turn=False) == ""
+    assert reported(in_turn=True).startswith(
+        f"warning: {folder}: next_obs of row 0 is not obs of row 1 of the same episode; write whole episodes"
+    )
+
+
+@pytest.mark.parametrize("value", [2, -1, 0.5, np.nan])
+def test_dones_are_zeros_and_ones(value, data_dir, tmp_path):
+    folder = own_data(tmp_path, data_dir, 100, (9,))
+    dones = np.load(folder / "dones_1.npy").astype(np.float32)
+    dones[24] = value
+    np.save(folder / "dones_1.npy", dones)
+    with pytest.raises(UserError, match=r"dones_1\.npy: holds other numbers than 0 and 1; mend the files"):
+        load(tmp_path, "simple_spread", "random")
+
+
+def test_what_others_made_is_never_to_be_deleted(data_dir, tmp_path):
+    """Only a dataset with metadata.json can be made again; the first bad row is named."""
+    folder = own_data(tmp_path, data_dir, 100, ())
+    array = np.load(folder / "obs_1.npy")
+    array[[41, 43], 3] = np.nan
+    np.save(folder / "obs_1.npy", array)
+    with pytest.raises(UserError) as error:
+        load(tmp_path, "simple_spread", "random")
+    text = "obs_1.npy: holds NaN or infinity, first in row 41; mend the files or copy them again"
+    assert text in str(error.value) and "delete" not in str(error.value)
+    shutil.rmtree(tmp_path / "simple_spread")
+    shutil.copytree(data_dir / "simple_spread" / "random", tmp_path / "simple_spread" / "random")
+    (folder / "obs_1.npy").unlink()
+    with pytest.raises(UserError, match="delete its folder and make it again"):
+        load(tmp_path, "simple_spread", "random")
+
+
 # ---- datasets as training takes them ----
 
 
@@ -578,6 +711,7 @@ def refused(data_dir, name, dataset="medium"):
     [
         *(missing, truncated, empty, flipped, swapped, other_metadata, other_scenario, uncounted),
         overwrite(np.nan),
+        metadata_is(b"[" * 100_000),  # deeper than Python's stack
         *(metadata_is(text) for text in (b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b'{"scenario": "simple_tag"}')),
     ],
 )
@@ -773,7 +907,9 @@ def test_interrupted_collection_leaves_what_was_there(exists, tmp_path, collect,
     with pytest.raises(KeyboardInterrupt):
         collect("simple_tag", "random-medium", tmp_path, overwrite=exists)
     assert contents(tmp_path) == before
-    assert [path.name for path in (tmp_path / "simple_tag").iterdir()] == ["random-medium"] * exists
+    left = {path.relative_to(tmp_path).parts for path in tmp_path.rglob("*") if path.is_dir()}
+    named = ("simple_tag", "random-medium", "seed_0_data")
+    assert left == ({named[:1], named[:2], named} if exists else set())  # no empty folder looks like a scenario
 
 
 def test_killed_collection_leaves_nothing_that_looks_like_a_dataset(tmp_path, collect, pretrained):
@@ -809,10 +945,26 @@ def test_full_disk(tmp_path, collect, monkeypatch):
         saved.append(save(file, array))
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(UserError, match=r"simple_tag.*random.*No space left"):
+    with pytest.raises(UserError, match=r"simple_tag.*random.*No space left.*; free some space"):
         collect("simple_tag", "random", tmp_path)
-    assert len(saved) == 5 and not contents(tmp_path)
-    assert not list((tmp_path / "simple_tag").iterdir())
+    assert len(saved) == 5 and not list(tmp_path.iterdir())
+
+
+def test_a_refusal_while_replacing_keeps_the_old_dataset(tmp_path, collect, monkeypatch):
+    """Between the two renames; and a folder that may not be written is not called full."""
+    collect("simple_tag", "random", tmp_path)
+    before, rename = contents(tmp_path), os.rename
+
+    def refused(source, target):
+        if Path(source).suffix == ".tmp":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(UserError) as error:
+        collect("simple_tag", "random", tmp_path, num_transitions=50, overwrite=True)
+    assert str(error.value) == f"{tmp_path / 'simple_tag' / 'random' / 'seed_0_data'}: Permission denied"
+    assert contents(tmp_path) == before
 
 
 def test_two_collections_at_once(tmp_path, collect, monkeypatch):
@@ -854,6 +1006,22 @@ def test_behaviour_policies_that_do_not_fit(tmp_path, collect, pretrained):
         with pytest.raises(UserError, match=message):
             collect("simple_tag", "medium", tmp_path / "datasets", pretrained_dir=policies)
         assert not contents(tmp_path / "datasets")
+
+
+@pytest.mark.parametrize("broken", ["medium", "prey", "replay", "size"])
+def test_no_data_are_made_of_broken_behaviour_policies(broken, tmp_path, collect, pretrained):
+    """They would be written with checksums that fit."""
+    contents_of = load_torch(pretrained / "simple_tag.pt")
+    medium, prey = contents_of["medium"][1]["policy"], contents_of["agent_params"][-1]["policy"]
+    if broken == "size":
+        medium["fc3.weight"], medium["fc3.bias"] = medium["fc3.weight"][:1], medium["fc3.bias"][:1]
+    else:
+        tensor = {"medium": medium["fc2.bias"], "prey": prey["fc3.bias"], "replay": contents_of["replay"]["actions"]}
+        tensor[broken].view(-1)[3 % tensor[broken].numel()] = np.nan
+    torch.save(contents_of, tmp_path / "simple_tag.pt")
+    with pytest.raises(UserError, match=r"simple_tag\.pt: not behaviour policies of this scenario"):
+        collect("simple_tag", "medium-replay", tmp_path / "datasets", pretrained_dir=tmp_path)
+    assert not (tmp_path / "datasets").exists()
 
 
 @pytest.mark.parametrize(

@@ -1051,7 +1051,10 @@ def test_precision_is_float32_unless_asked_for():
 
 
 def test_precision_is_decided_in_one_place():
-    """Run.accelerate alone reads the option; nothing but it and the benchmark switches bfloat16 on."""
+    """Run.accelerate alone reads the option; nothing but it and the benchmark switches bfloat16 on.
+
+    A trained policy switches off what the calling program has switched on.
+    """
     readers, switches = set(), set()
     for path, tree in sources().items():
         for scope in ast.walk(tree):
@@ -1060,7 +1063,10 @@ def test_precision_is_decided_in_one_place():
                 readers |= {(path, scope.name)} if "bf16" in names else set()
                 switches |= {(path, scope.name)} if names & {"autocast", "bfloat16"} else set()
     assert readers == {("run.py", "accelerate")}
-    assert switches == {("run.py", "accelerate"), ("experiments/benchmark.py", "bf16_speedup_cpu")}
+    assert switches - {("utils/policies.py", "torch_defaults")} == {
+        ("run.py", "accelerate"),
+        ("experiments/benchmark.py", "bf16_speedup_cpu"),
+    }
 
 
 @every_net
@@ -1159,3 +1165,39 @@ def test_a_baseline_is_read_in_three_files():
             others -= {"dom2_mamujoco"}
         assert len(others) <= 2, f"{module}: {sorted(others)}"
     assert len(algorithms) == 8
+
+
+# ---- options that the half cheetah's settings turn on ----
+
+
+def test_critics_with_layer_normalisation_against_a_loop():
+    torch.manual_seed(0)
+    L, B, d, A, W = 3, 5, 4, 2, 7
+    critic = dom2_mpe.TwinCritic(L, d, A, (W, W), layer_norm=True)
+    obs, action = torch.randn(L, B, d), torch.randn(L, B, A)
+    found = critic(obs, action)
+    for learner in range(L):
+        for twin in range(2):
+            row = 2 * learner + twin
+            for b in range(B):
+                x = torch.cat([obs[learner, b], action[learner, b]])
+                for i, layer in enumerate(critic.layers):
+                    x = x @ layer.weight[row] + layer.bias[row, 0]
+                    if i < 2:
+                        x = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+                        x = x.clamp(min=0)
+                close(found[learner, twin, b], x[0], 1e-5)
+    close(critic.q1(obs, action), found[:, 0], 1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_acting_starts_from_noise_of_the_given_temperature(temperature):
+    args = options(temperature=temperature)
+    learners = dom2_mpe.make_learners(args, SimpleNamespace(num_agents=3, obs_size=18, action_size=2, device="cpu"))
+    obs = torch.randn(3, 4, 18)
+    found = dom2_mpe.act(learners, obs, args, torch.Generator().manual_seed(1))
+    noise = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(found, learners["policy"](obs, temperature * noise))
+    other = dom2_mpe.act(learners, obs, args, torch.Generator().manual_seed(2))
+    assert torch.equal(found, other) == (temperature == 0)

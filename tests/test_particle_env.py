@@ -456,7 +456,7 @@ def test_wrapper_rolls_out_the_batched_env(scenario, shift):
                 np.testing.assert_array_equal(obs[agent], o[0].numpy(), strict=True)
             assert wrapped.state_space.contains(wrapped.state())
             np.testing.assert_array_equal(wrapped.state(), np.concatenate(list(obs.values())))
-            actions = {agent: 1.5 * wrapped.action_space(agent).sample() for agent in wrapped.agents}  # not clipped
+            actions = {agent: 1.5 * wrapped.action_space(agent).sample() for agent in wrapped.agents}  # clipped
             expected, expected_rewards = batched.step(torch.from_numpy(np.stack(list(actions.values())))[None])
             obs, rewards, terminations, truncations, _ = wrapped.step(actions)
             assert list(rewards.values()) == expected_rewards[0].tolist()

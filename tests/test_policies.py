@@ -132,7 +132,7 @@ def test_evaluating_a_policy_file_reproduces_its_returns(exported, shelf, tmp_pa
         assert results["returns"] == read_policy(exported["float32"])["results"]["returns"]
         assert results["settings"]["eval_only"] == str(name) and results["updates"] == 4
     assert exported["float32"].read_bytes() == whole == (shelf / "simple_tag-random.safetensors").read_bytes()
-    monkeypatch.setattr(evaluation, "write_gif", lambda run, evaluate, path: path.touch())
+    monkeypatch.setattr(evaluation, "write_gif", lambda run, path: path.touch())
     evaluated(["--eval-only", "simple_tag-random", "--capture-video", "--eval-episodes", "1", "--run-dir", "video"])
     assert list(the_run(tmp_path / "here" / "video").glob("*.gif"))
 
@@ -236,7 +236,7 @@ def test_the_first_seeds_of_a_run(run, exported, tmp_path):
         export(source, output=tmp_path / str(number), num_seeds=1, dtype="float32")
         file = tmp_path / str(number) / "simple_tag-random.safetensors"
         np.testing.assert_equal(first_actions(load_policy(file)), expected)
-        with pytest.raises(UserError, match="holds 1 seeds"):
+        with pytest.raises(UserError, match="holds 1 seed"):
             load_policy(file, seed_index=1)
         returns = json.loads((run / "results.json").read_text())["returns"]
         assert read_policy(file)["results"]["returns"] == {shift: x[:1] for shift, x in returns.items()}
@@ -415,7 +415,7 @@ def test_play_shows_a_window(monkeypatch):
     [
         (dict(), "no window can be opened .*; use --output NAME.gif"),
         (dict(policy="nowhere"), "nowhere: no run folder"),
-        (dict(seed_index=1), "seed_index 1: .* holds 1 seeds"),
+        (dict(seed_index=1), "seed_index 1: .* holds 1 seed"),
         (dict(shift="extreme"), "--shift extreme: "),
         (dict(output="a.avi"), "a.avi: must end with .gif or .mp4"),
         (dict(output="a.mp4"), "a.mp4: .*imageio.*; run `pip install imageio imageio-ffmpeg`, or write a .gif"),
@@ -476,7 +476,7 @@ def test_play_shows_a_robot(robot, tmp_path, monkeypatch, capsys):
     assert "20 steps" in capsys.readouterr().out
 
     def broken(env):
-        raise RuntimeError("no off-screen renderer (X)")
+        raise RuntimeError("no off-screen renderer (X); install EGL or OSMesa")
 
     monkeypatch.setattr(MujocoEnv, "render", broken)
     with pytest.raises(UserError, match=r"no off-screen renderer \(X\); install EGL or OSMesa"):

@@ -1,6 +1,7 @@
 """The grid behind the paper's tables and figures: tiny real cells, a real SLURM, the report against naive versions."""
 
 import csv
+import errno
 import itertools
 import json
 import os
@@ -18,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom, trim_mean
 
 import common
 from common import DATASETS, ROOT
 from experiments import report, reproduce
 from experiments.report import TARGETS, Cell, Variant, varied, with_fraction, with_steps
-from experiments.reproduce import Args
+from experiments.reproduce import OWN_OPTIONS, Args
 from utils.program import UserError, program
 
 PROGRAM = (sys.executable, str(ROOT / "experiments/reproduce.py"))
@@ -171,6 +173,86 @@ def test_states_by_exit_code(code, state, tiny):
     if code is not None:
         report.write(job.folder / "exit_code", f"{code}\n")
     assert the_state(*tiny) == state
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_file_systems_without_locks(number, tiny, monkeypatch, capsys):
+    """A cell there is not taken for one that another process runs; one warning says what to avoid."""
+    reproduce.warn.cache_clear()
+
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    (cell,) = reproduce.choose_cells(tiny[0])
+    job = reproduce.make_job(cell, *tiny)
+    report.write(job.folder / "exit_code", "137\n")
+    assert the_state(*tiny) == "missing"
+    with reproduce.lock(job) as held, reproduce.lock(job) as other:
+        assert held and other
+    err = capsys.readouterr().err
+    assert err.startswith("warning: the folder of --run-dir has no locks (") and err.count("\n") == 1
+
+
+def test_a_grid_on_windows(tiny, monkeypatch):
+    """No fcntl, no inherited locks, no sessions, and a cell that is stopped has the exit code of a failed one."""
+    monkeypatch.setattr(reproduce, "WINDOWS", True)
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0, raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    args = replace(tiny[0], datasets=("random", "medium"), jobs=2)
+    jobs = [reproduce.make_job(cell, args, tiny[1]) for cell in reproduce.choose_cells(args)]
+    states, sleep, seconds = [], time.sleep, 0
+    code = """if True:
+        import pathlib, signal, sys, time
+        signal.signal(signal.SIGTERM, lambda *args: sys.exit(1))
+        pathlib.Path(sys.argv[1]).touch()
+        time.sleep(float(sys.argv[2]))
+        sys.exit(1)
+    """
+
+    def start_command(job):
+        return [sys.executable, "-c", code, str(job.folder / "started"), str(seconds)]
+
+    def look(duration):  # as another process would while the cells run
+        states.append([reproduce.locked(job) for job in jobs])
+        if seconds and all((job.folder / "started").exists() for job in jobs):
+            os.kill(os.getpid(), signal.SIGTERM)
+        sleep(duration)
+
+    monkeypatch.setattr(reproduce, "start_command", start_command)
+    monkeypatch.setattr(time, "sleep", look)
+    reproduce.run_local(jobs, args)
+    assert states[0] == [True, True] and reproduce.find_states(jobs, args) == ["failed", "failed"]
+    for job in jobs:
+        (job.folder / "exit_code").unlink()
+        (job.folder / "started").unlink()
+    seconds = 60
+    with pytest.raises(SystemExit):
+        reproduce.run_local(jobs, args)
+    assert reproduce.find_states(jobs, args) == ["missing", "missing"]
+
+
+@pytest.mark.parametrize(
+    "visible, count, expected",
+    [
+        (None, 2, ["0", "1"]),
+        (None, 0, []),
+        ("2,5", 2, ["2", "5"]),
+        ("2, 5", 2, ["2", "5"]),
+        ("GPU-1a,MIG-2b", 2, ["GPU-1a", "MIG-2b"]),
+        ("", 0, []),
+        ("-1", 0, []),
+        ("1,-1,0", 1, ["1"]),  # CUDA ignores what follows
+        ("0,9", 1, ["0"]),
+        ("NoDevFiles", 0, []),
+    ],
+)
+def test_gpus_that_may_be_used(visible, count, expected, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert reproduce.find_gpus() == expected
 
 
 def test_cells_share_the_gpus(tiny, monkeypatch):
@@ -583,6 +665,7 @@ def test_the_committed_report_is_that_of_the_committed_results():
         (dict(algorithms=("sac",)), "--algorithms sac: not in table1"),
         (dict(num_seeds=0), "--num-seeds 0: must be at least 1"),
         (dict(jobs=-1), "--jobs -1: must be at least 0"),
+        (dict(updates=0), "--updates 0: must be at least 1"),
     ],
 )
 def test_bad_options(changes, message, tiny, tmp_path):
@@ -591,7 +674,7 @@ def test_bad_options(changes, message, tiny, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', '{"returns": {}}'])
+@pytest.mark.parametrize("content", ["", "{", 100_000 * "[", "[]", "{}", '"text"', '{"returns": {}}'])
 def test_damaged_results(content, tiny):
     job = the_job(*tiny)
     report.write(job.result, content)
@@ -611,6 +694,9 @@ def test_a_script_that_cannot_be_imported(tiny, monkeypatch):
     [
         ("table1 --algorithms dom2 -- --eta -1", "--eta -1.0: must be finite and not negative"),
         ("table1 --jobs -1", "error: --jobs -1: must be at least 0"),
+        ("table1 --results-dir=~/results", "--results-dir ~/results: must be a name"),
+        *((f"table1 -- {word} 1", f"-- {word.replace('_', '-')}: this program sets it") for word in OWN_OPTIONS),
+        ("table1 -- --run_dir=elsewhere", "-- --run-dir: this program sets it"),
         ("table9", "table9"),
         ("table1 --launcher cloud", "cloud"),
     ],

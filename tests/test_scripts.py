@@ -34,7 +34,7 @@ from run import WITH_EVAL_ONLY, WITH_RESUME, parse
 from utils.checkpoints import load_checkpoint, locked, new_run_dir, restore
 from utils.evaluation import closing_table
 from utils.frozen import load_prey, policy_action
-from utils.program import UserError, program
+from utils.program import UserError, catch_signals, program
 from utils.provenance import script_command
 
 ROOT = Path(common.__file__).parent
@@ -255,6 +255,7 @@ def test_the_table_of_one_seed_shows_no_spread(finished):
     results |= {"num_seeds": 1, "returns": {"none": [12.34], "speed": [5.0]}}
     out = closing_table(results)
     assert "mean return of 4 episodes of one seed\n" in out
+    assert "mean return of 1 episode of one seed\n" in closing_table(results | {"eval_episodes": 1})
     assert re.search(r"^standard +12\.3 +8\.7 ", out, re.MULTILINE) and "12.3 ±" not in out
 
 
@@ -475,6 +476,14 @@ def test_options_given_with_resume_are_honoured(copied, script):
     assert list(logged(copied)["charts/episodic_return"]) == [2, 4, 6, 9]
 
 
+def test_a_finished_run_says_how_to_go_on(copied, script):
+    code, out, err = script(DOM2, "--resume", str(copied), "--eval-episodes", "2")
+    assert code == 0, err
+    assert f"{copied}: all its 6 updates are made; a larger --updates goes on" in out.splitlines()
+    code, out, err = script(DOM2, "--resume", str(copied), "--updates", "7")
+    assert code == 0 and "are made" not in out, err
+
+
 def test_a_lower_learning_rate_changes_what_is_learned(whole, tmp_path):
     weights = []
     for actor_lr in (3e-3, 1e-5):
@@ -487,12 +496,13 @@ def test_a_lower_learning_rate_changes_what_is_learned(whole, tmp_path):
 
 
 def test_options_given_with_eval_only_are_honoured(copied, script):
-    before = json.loads((copied / "config.json").read_text())
+    before, video = json.loads((copied / "config.json").read_text()), (copied / "policy.gif").read_bytes()
     code, _, err = script(DOM2, *flags(eval_only=str(copied), eval_episodes=3, shift="none", capture_video=True))
     assert code == 0, err
     results = json.loads((copied / "evaluation.json").read_text())
     assert results["settings"] == before | dict(eval_only=str(copied), eval_episodes=3, shift=["none"])
-    assert list(results["returns"]) == ["none"] and (copied / "policy.gif").exists()
+    assert list(results["returns"]) == ["none"]
+    assert (copied / "evaluation.gif").exists() and (copied / "policy.gif").read_bytes() == video  # of the training
 
 
 def another(value):
@@ -550,6 +560,19 @@ def test_a_run_knows_where_its_data_are(option, whole, tmp_path, data_dir, monke
     assert results["returns"] == whole[1]["returns"]
 
 
+def test_a_run_goes_on_with_its_own_data_alone(whole, tmp_path, collect):
+    """Another folder may hold them, as after a move; other data of the same name, or fewer, are refused."""
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    collect("simple_spread", "random", tmp_path / "other", seed=1)
+    before = files(run)
+    with pytest.raises(UserError) as error:
+        train(resumed(run, updates=8, data_dir=tmp_path / "other"))
+    assert str(error.value) == f"--data-dir {tmp_path / 'other'}: not the data that {run} was trained on"
+    assert files(run) == before
+    collect("simple_spread", "random", tmp_path / "same")
+    assert train(resumed(run, updates=8, data_dir=tmp_path / "same"))["updates"] == 8
+
+
 def test_restoring_keeps_what_the_device_needs():
     """A CUDA graph needs capturable optimisers, which a checkpoint made on a CPU does not have."""
     learners = torch.nn.ModuleDict({"policy": torch.nn.Linear(2, 2)})
@@ -563,6 +586,18 @@ def test_restoring_keeps_what_the_device_needs():
     assert group["capturable"] and group["fused"] and group["lr"] == 0.2
     for name, value in optimizers["policy"].state_dict()["state"][0].items():
         assert torch.equal(others["policy"].state_dict()["state"][0][name], value)
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As SIGINT in background jobs of a shell's script, which Ctrl-C in the foreground must not stop."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with catch_signals() as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 # ---- training ----
@@ -611,6 +646,65 @@ def test_compiled_updates_learn_the_same(small, tmp_path, whole):
         torch.testing.assert_close(compiled["learners"][name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_compiling_needs_a_compiler(small, monkeypatch):
+    def fast():
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fast)
+    with pytest.raises(UserError, match="--compile: no C\\+\\+ compiler found; install one"):
+        train(DOM2.args(**small | dict(compile=True)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 1.71 PiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore lines"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 24 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_said_in_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        program(main)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: not enough memory; lower --num-seeds, ") and str(error).splitlines()[0] in line
+
+
+def test_other_errors_are_not_taken_for_too_little_memory():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        program(main)
+
+
+def test_a_file_that_cannot_be_read_is_named(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        program(lambda: (tmp_path / "missing").read_bytes())
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: [Errno 2] No such file or directory: '{tmp_path / 'missing'}'\n"
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_reason_to_fail(closed, monkeypatch):
+    """As the shell's `>&-` leaves it."""
+    monkeypatch.setattr(sys, closed, None)
+    done = []
+
+    def main():
+        print("text", file=getattr(sys, closed))
+        getattr(sys, closed).flush()
+        done.append(True)
+
+    program(main)
+    assert done
+
+
 def sampled(args):
     """The data that training samples from, and the results."""
     seen = []
@@ -639,8 +733,10 @@ def test_training_samples_with_the_weights_of_algorithm_1(changes, small, data_d
     assert max(weights) > 1
 
 
-def test_no_augment(small):
-    data, _ = sampled(DOM2.args(**small | dict(updates=1, augment=False)))
+def test_no_augment(small, capsys):
+    data, _ = sampled(DOM2.args(**small | dict(updates=1, augment=False, num_seeds=1)))
+    out = capsys.readouterr().out
+    assert "3 learners (1 seed x 3 agents)" in out and "(1 update)" in out
     assert data.index[0].sort().values.tolist() == list(range(20 * EPISODE_STEPS))
 
 
@@ -920,6 +1016,8 @@ def refused(script, tmp_path, *words, naming, what=DOM2, boxed=False):
         ["--seed"],
         ["--seed", "1.5"],
         ["--seed", "-1"],
+        *(["--" + name, ""] for name in ("resume", "eval-only", "prey", "data-dir", "run-dir")),  # as of "$UNSET"
+        *(["--" + name + "=~/x"] for name in ("prey", "data-dir", "run-dir")),
         ["random"],
         *(["--" + name, "1"] for name in ("solver", "q-normaliser", "eval-candidates", "beta-min")),
     ],
@@ -927,7 +1025,7 @@ def refused(script, tmp_path, *words, naming, what=DOM2, boxed=False):
 )
 def test_words_that_are_no_options(words, script, tmp_path):
     ours = words[0] in ("--scenario", "--dataset")  # read before the others, as defaults depend on them
-    refused(script, tmp_path, *words, naming=words[0], boxed=not ours)
+    refused(script, tmp_path, *words, naming=words[0].replace("=", " "), boxed=not ours)
 
 
 def test_options_that_do_not_fit_together(script, tmp_path, small):
@@ -1033,6 +1131,9 @@ def other_optimizer(checkpoint):
         with_args(num_seeds=3),
         with_args(critic_widths=(9,)),
         with_args(learning_rate=0.1),
+        with_args(updates="6"),
+        with_args(widths=3),
+        *((lambda checkpoint, updates=updates: checkpoint | {"updates": updates}) for updates in (-1, 2.5, "6", None)),
         with_args(gamma=2.0),
     ],
 )

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,14 @@ def test_named_functions_exist():
     questions = PAGE[PAGE.index("## Questions and answers") :]
     names = re.findall(r"`(\w+)`", "".join(row.split("|")[3] for row in re.findall(r"^\|.*", questions, re.M)))
     assert len(names) > 10 and all(hasattr(dom2_mpe, name) for name in names)
+
+
+def test_pictures_have_a_help(capsys, monkeypatch):
+    """It draws nothing."""
+    monkeypatch.setattr(sys, "argv", ["tutorial_figures.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(tutorial_figures.__file__, run_name="__main__")
+    assert end.value.code in (0, None) and "--folder" in capsys.readouterr().out
 
 
 def test_pictures(tmp_path):

@@ -1,9 +1,10 @@
-"""The .npy arrays of a dataset on disk, each checked while it is read."""
+"""Arrays and numbers as other programs make them, and the .npy arrays of a dataset on disk: checked, then converted."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.program import UserError
+
+
+def as_tensor(x, name: str, shape=None, device="cpu", dtype=torch.float32, finite: bool = False) -> Tensor:
+    """Convert numbers to a tensor: an array of any type, byte order and strides, a list, or a tensor on any device.
+
+    Args:
+        name: what the error message calls `x`. shape: a tuple that its shape must equal; None: any.
+        finite: whether to refuse NaN and infinity, which waits for a GPU.
+
+    Raises:
+        UserError: `x` holds no real numbers, has another shape, or is not finite.
+    """
+    if not isinstance(x, Tensor):
+        try:
+            array = np.asarray(x)
+        except (ValueError, TypeError, RuntimeError):  # rows of different lengths, for example
+            raise UserError(f"{name}: not an array of numbers") from None
+        if array.dtype.kind not in "biuf":
+            raise UserError(f"{name}: holds {array.dtype}, not numbers")
+        x = torch.from_numpy(np.array(array, np.float64, order="C"))  # a copy, as an array may be read-only
+    if x.is_complex():
+        raise UserError(f"{name}: holds {x.dtype}, not real numbers")
+    if shape is not None and x.shape != shape:
+        raise UserError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+    if finite and not x.isfinite().all():
+        raise UserError(f"{name}: holds NaN or infinity")
+    return x.to(device, dtype)
+
+
+def as_int(x, name: str, least: int | None = None) -> int:
+    """Convert an integer of any type, such as np.int64. Raises UserError if it is none, or smaller than `least`."""
+    try:
+        number = operator.index(x)
+    except TypeError:
+        raise UserError(f"{name} {x!r}: must be an integer") from None
+    if least is not None and number < least:
+        raise UserError(f"{name} {number}: must be at least {least}")
+    return number
 
 
 def damaged(folder: Path, problem: str) -> UserError:
@@ -34,10 +73,10 @@ def read_metadata(path: Path) -> dict:
     if not (path / "metadata.json").exists():
         return {}
     try:
-        metadata = json.loads((path / "metadata.json").read_text())
+        metadata = json.loads((path / "metadata.json").read_text("utf-8"))
         recorded = (metadata["scenario"].replace(":", "."), metadata["dataset"])
         metadata["checksums"] = dict(metadata["checksums"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged(path, f"{path / 'metadata.json'}: not readable") from None
     if recorded != path.parts[-3:-1]:
         raise damaged(path, f"{path}: metadata.json says {recorded[0]}/{recorded[1]}")
@@ -67,6 +106,8 @@ def load_array(file: Path, sizes: tuple[int, ...], agent: int, metadata: dict) -
         raise damaged(file.parent, f"{file}: truncated or not a plain .npy array") from None
     if array.dtype.kind not in "biuf":
         raise damaged(file.parent, f"{file}: holds {array.dtype}, not numbers")
+    if file.name.startswith("dones_") and not ((array == 0) | (array == 1)).all():
+        raise damaged(file.parent, f"{file}: holds other numbers than 0 and 1")
     array = array[:, None] if array.ndim == 1 and width == 1 else array
     if array.ndim != 2 or array.shape[1] not in (own, width):
         padded = f" or, padded with zeros, [T, {width}]" if own < width else ""

@@ -88,7 +88,7 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
     checkpoint, file = read_checkpoint(path), checkpoint_file(path)
     try:
         needed = {"algorithm", "updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"}
-        if not needed <= checkpoint.keys():
+        if not needed <= checkpoint.keys() or type(checkpoint["updates"]) is not int or checkpoint["updates"] < 0:
             raise KeyError
         made_by = checkpoint["algorithm"]
         if made_by == algorithm.name:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +39,8 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
             raise UserError(f"{folder}: no such dataset; to make it there, run python collect_datasets.py {make}")
         print(f"{folder}: no such dataset, making it from pretrained/", file=sys.stderr)
         try:
-            with torch.random.fork_rng():  # so that this run equals the next one, which finds the dataset made
+            # so that this run equals the next one, which finds the dataset made; no GPU has a part in making it
+            with torch.random.fork_rng(devices=()):
                 collect_datasets.collect(task, args.dataset, data_dir=args.data_dir)
         except UserError:
             if not any(folder.glob("[!.]*")):  # else another process was faster
@@ -74,6 +77,10 @@ def load_version(path: Path, args, env, prey: dict | None) -> common.Dataset:
         raise UserError(f"{path}: made with another prey; pass it as --prey, or delete the folder to make it anew")
     outside = (data.action.abs() > 1.0001).sum().item() / (data.action.shape[1] * sum(env.action_sizes))
     warn_of_actions(outside, path, env.action_scale)
+    row = first_gap(data)
+    if row is not None:
+        gap = f"next_obs of row {row} is not obs of row {row + 1} of the same episode"
+        print(f"warning: {path}: {gap}; write whole episodes one after the other", file=sys.stderr)
     if args.data_fraction < 1:
         data = take_share(data, args.data_fraction)
     reward = data.reward if args.raw_rewards else standardise(data.reward, data.done)
@@ -102,6 +109,20 @@ def warn_of_actions(outside: float, folder, scale: float = 1.0) -> None:
         print(f"warning: {folder}: {share}; scale the actions", file=sys.stderr)
 
 
+def first_gap(data: common.Dataset) -> int | None:
+    """The first of 10,000 rows that the next row of its episode does not continue; None if all do.
+
+    There are such rows where the steps of several environments were written in turn, for example.
+    """
+    last = torch.zeros(data.obs.shape[1], dtype=torch.bool)
+    last[data.starts + data.lengths - 1] = True
+    rows = (~last).nonzero()[:, 0]
+    rows = rows[:: max(1, len(rows) // 10_000)]
+    one, other = data.next_obs[:, rows], data.obs[:, rows + 1]
+    gaps = rows[((one - other).abs() > 1e-3 * (1 + other.abs())).any(-1).any(0)]
+    return int(gaps[0]) if len(gaps) else None
+
+
 def take_share(data: common.Dataset, share: float) -> common.Dataset:
     """A random share of the trajectories, at least one."""
     kept = torch.randperm(len(data.returns))[: max(1, round(share * len(data.returns)))]
@@ -119,6 +140,13 @@ def standardise(reward: Tensor, done: Tensor) -> Tensor:
     """
     mean, std = reward.double().mean(), reward.double().std()
     return (reward - mean.float() * (1 - done.amax())) / std.clamp(min=1e-8).float()
+
+
+def alike(one: dict, other: dict) -> bool:
+    """Whether two `statistics` are those of the same data, up to rounding."""
+    close = partial(math.isclose, rel_tol=1e-4, abs_tol=1e-4)
+    same = one.keys() == other.keys() and one["versions"] == other["versions"]
+    return same and all(close(one[name], other[name]) for name in one if name != "versions")
 
 
 def statistics(data: common.Dataset) -> dict:

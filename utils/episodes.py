@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from collect_datasets import replaced_folder, write_arrays
+from collect_datasets import write_arrays
 from utils.arrays import episode_lengths
 from utils.data import warn_of_actions
-from utils.program import UserError
+from utils.program import UserError, replaced_folder
 
 CLIPPED = {"Hopper": 10, "Walker2d": 10, "Ant": 1, "ManySegmentAnt": 1}  # bound of what whole robots observe
 
@@ -281,7 +281,7 @@ def write_dataset(episodes: list[Episode], team: Team, dataset: str, path: Path,
     with replaced_folder(path, overwrite) as folder, tqdm(desc=str(path), total=total, unit="step") as bar:
         contents = write_arrays(folder, blocks(episodes, widths, env.episode_steps), total, bar)
         metadata = {"scenario": team.task, "dataset": dataset, **contents, "source": source}
-        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     actions = np.concatenate([x.reshape(-1) for episode in episodes for x in episode.action])
     warn_of_actions(float((np.abs(actions) > 1.0001 * env.action_scale).mean()), path, env.action_scale)
     print(f"wrote {path}: {total:,} transitions of {env.num_agents} agents")

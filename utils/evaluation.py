@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from utils.program import UserError
+from utils.program import UserError, counted
 
 NAMES = {
     **{"dom2": "DOM2", "ma_bc": "MA-BC", "ma_td3bc": "MA-TD3+BC", "ma_cql": "MA-CQL", "omar": "OMAR"},
@@ -32,7 +32,7 @@ def evaluate(act, env, args) -> Tensor:
     obs, returns = env.reset(), torch.zeros(env.num_envs, device=env.device)
     for _ in range(env.episode_steps):
         x = obs.view(S, E, n, -1).transpose(1, 2).flatten(0, 1)  # [S E, n, d] -> [L, E, d]
-        actions = act(x, generator).view(S, n, E, -1).transpose(1, 2).flatten(0, 1)  # [L, E, A] -> [S E, n, A]
+        actions = act(x, generator).unflatten(0, (S, n)).transpose(1, 2).flatten(0, 1)  # [L, E, A] -> [S E, n, A]
         obs, rewards, terminated = env.step(actions)
         returns += rewards.mean(-1)
         if terminated.all():
@@ -162,8 +162,8 @@ def closing_table(results: dict) -> str:
     over_seeds = f"for each of {seeds} seeds, mean ± std over seeds" if seeds > 1 else "of one seed"
     paper_column = f"paper ({name})"
     lines = [
-        f"\n{name} on {scenario}/{dataset}, last parameters ({results['updates']:,} updates),",
-        f"mean return of {episodes:,} episodes {over_seeds}\n",
+        f"\n{name} on {scenario}/{dataset}, last parameters ({counted(results['updates'], 'update')}),",
+        f"mean return of {counted(episodes, 'episode')} {over_seeds}\n",
         f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{paper_column:>24}",
     ]
     for shift, returns in results["returns"].items():

@@ -9,16 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.arrays import as_tensor
 from utils.program import UserError, load_torch
 
 
 def policy_action(params: dict[str, Tensor], obs: Tensor) -> Tensor:
     """A frozen deterministic policy, as OMAR's checkpoints hold it: obs [..., d] -> action [..., A] in [-1, 1].
 
+    `obs` may be any array of numbers; the action is a tensor where the parameters are.
+
     `params` is a state dict of three linear layers fc1, fc2, fc3 (ReLU, ReLU, tanh) and, optionally, of a BatchNorm1d
     `in_fn` on the input, used in evaluation mode.
     """
-    x = obs
+    weight = params["fc1.weight"]
+    x = as_tensor(obs, "obs", None, weight.device, torch.promote_types(weight.dtype, torch.float32))
     if "in_fn.running_mean" in params:
         x = (x - params["in_fn.running_mean"]) / (params["in_fn.running_var"] + 1e-5).sqrt()
         x = x * params["in_fn.weight"] + params["in_fn.bias"]
@@ -75,12 +79,16 @@ def load_behaviour(path: str | Path, env, prey_obs_size: int | None) -> dict:
         medium = [entry["policy"] for entry in checkpoint["medium"]]
         for policies in (everybody, medium + everybody[n:]):
             for policy, size in zip(policies, sizes, strict=True):
-                policy_action(policy, torch.zeros(1, size))
+                action = policy_action(policy, torch.zeros(1, size))
+                if action.shape != (1, env.action_size) or not action.isfinite().all():
+                    raise ValueError
         replay = checkpoint.get("replay")
         if replay is not None:
             steps, worlds, *action_shape = replay["actions"].shape
             whole = steps * worlds > 0 and steps % env.episode_steps == 0
             if not whole or action_shape != [n, env.action_size] or not isinstance(replay["seed"], int):
+                raise ValueError
+            if not replay["actions"].isfinite().all():
                 raise ValueError
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError):
         raise UserError(

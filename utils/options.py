@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, make_dataclass
@@ -21,6 +24,7 @@ class Rule(NamedTuple):
 Natural = Annotated[int, Rule("at least 0", lambda x: x >= 0)]
 Count = Annotated[int, Rule("at least 1", lambda x: x >= 1)]
 Weight = Annotated[float, Rule("finite and not negative", lambda x: 0 <= x < float("inf"))]
+OptionalWeight = Annotated[float | None, Rule("finite and not negative", lambda x: x is None or 0 <= x < float("inf"))]
 Share = Annotated[float, Rule("in (0, 1]", lambda x: 0 < x <= 1)]
 Discount = Annotated[float, Rule("in [0, 1)", lambda x: 0 <= x < 1)]
 Widths = Annotated[tuple[int, ...], Rule("at least one width, each at least 1", lambda x: len(x) > 0 and min(x) >= 1)]
@@ -30,6 +34,9 @@ Thresholds = Annotated[
 ]
 DatasetName = Literal["random", "random-medium", "medium-replay", "medium", "medium-expert", "expert"]
 Shift = Literal["none", "speed", "dismiss", "random", "extreme"]
+# An empty word is often an unset variable of the shell, which also leaves the ~ of --option=~/folder as it is.
+NAMED = Rule("a name, not empty and without ~ in front", lambda x: x is None or (x and x[0] != "~"))
+Name, OptionalName = Annotated[str, NAMED], Annotated[str | None, NAMED]
 Seed = Annotated[int, Rule("from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)]
 
 
@@ -39,13 +46,39 @@ def scenario_of(*names: str):
     return Annotated[str, Rule(words, lambda x: x in names or is_own(x))]
 
 
+def plain(value):
+    """An option as files can hold it: NumPy's and torch's numbers become Python's, sequences tuples, paths strings."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return tuple(plain(x) for x in value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def has_type(value, hint) -> bool:
+    """Whether a value has the type of an annotation; choices are not compared."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(has_type(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(has_type(x, args[0]) for x in value)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return origin is Literal or hint is type(value)
+
+
 class Options:
     """Base class of option groups: dataclasses whose fields are checked when they are made."""
 
     def __post_init__(self):
-        """Raise a UserError at the first option that breaks the rule or is none of the choices in its annotation."""
+        """Raise a UserError at the first option of another type than its annotation's, or that breaks its rule, or is
+        none of its choices."""
+        types_alone = typing.get_type_hints(type(self))
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            value, option, kind = plain(getattr(self, name)), f"--{name.replace('_', '-')}", types_alone[name]
+            setattr(self, name, value)
+            if not has_type(value, kind):
+                expected = kind.__name__ if isinstance(kind, type) else kind
+                raise UserError(f"{option} {value!r}: must be of type {expected}")
             choices = hint.__args__[0] if typing.get_origin(hint) is tuple else hint
             if typing.get_origin(choices) is Literal:
                 for one in value if isinstance(value, tuple) else (value,):
@@ -66,7 +99,7 @@ class DataArgs(Options):
     """the task"""
     dataset: DatasetName = "random"
     """quality of the dataset"""
-    data_dir: str = "datasets"
+    data_dir: Name = "datasets"
     """folder of the datasets; one that is missing in the default folder is made first"""
     data_fraction: Share = 1.0
     """share of the dataset's trajectories to learn from"""
@@ -118,16 +151,21 @@ class RunArgs(Options):
     """compile the update: a CUDA graph on a GPU; torch.compile on a CPU, which takes minutes to start"""
     bf16: bool = False
     """compute the update in bfloat16 where that is safe (autocast); float32 otherwise"""
-    run_dir: str = "runs"
+    run_dir: Name = "runs"
     """folder in which this run's folder is made"""
-    resume: str | None = None
+    resume: OptionalName = None
     """run folder to continue from its checkpoint; --updates and the learning rates may be changed"""
-    eval_only: str | None = None
+    eval_only: OptionalName = None
     """run folder (or policy file, or name of a policy in pretrained/policies) to evaluate without training"""
     capture_video: bool = False
     """write a GIF of the trained policy to the run folder"""
     track: bool = False
     """also log to Weights & Biases (needs `pip install wandb`)"""
+
+
+def lines(description: str) -> str:
+    """A description whose line breaks --help keeps: tyro joins lines without a space in front."""
+    return textwrap.indent(description, " ")
 
 
 def parse_groups(default, description: str, words: list[str] | None = None):
@@ -139,5 +177,5 @@ def parse_groups(default, description: str, words: list[str] | None = None):
         groups[group.__name__.removesuffix("Args").lower()] = group(**{f.name: values[f.name] for f in fields(group)})
     Boxes = make_dataclass("Boxes", [(name, type(group)) for name, group in groups.items()])
     config = (tyro.conf.OmitArgPrefixes,)
-    given = tyro.cli(Boxes, default=Boxes(**groups), args=words, description=description, config=config)
+    given = tyro.cli(Boxes, default=Boxes(**groups), args=words, description=lines(description), config=config)
     return type(default)(**{k: v for group in vars(given).values() for k, v in vars(group).items()})

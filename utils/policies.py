@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 from own_env import from_unit
 from particle_env import SCENARIOS
+from utils.arrays import as_int, as_tensor
 from utils.checkpoints import checkpoint_file, load_checkpoint, read_checkpoint, restore
 from utils.evaluation import NAMES
 from utils.frozen import policy_action
-from utils.program import UserError
+from utils.program import UserError, counted
 
 
-def as_tensor(x) -> Tensor:
-    """An array of any float or integer type, byte order and strides, or a tensor, as a float32 tensor on the CPU."""
-    if isinstance(x, Tensor):
-        return x.detach().to("cpu", torch.float32)
-    return torch.from_numpy(np.array(x, np.float32, order="C"))  # a copy, as x may be read-only
+@contextmanager
+def torch_defaults():
+    """Within the context torch's own defaults hold, whatever the calling program has set: float32, CPU, no autocast."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def algorithm_of(path: str | Path):
@@ -57,10 +62,12 @@ class TrainedPolicy:
         UserError: there is no such policy or seed, or it is damaged or another algorithm's.
     """
 
+    @torch_defaults()
     def __init__(self, path: str | Path, seed_index: int = 0, *, algorithm):
         args, checkpoint = load_checkpoint(path, algorithm)
-        if not 0 <= seed_index < args.num_seeds:
-            raise UserError(f"seed_index {seed_index}: {path} holds {args.num_seeds} seeds")
+        seed_index = as_int(seed_index, "seed_index", 0)
+        if seed_index >= args.num_seeds:
+            raise UserError(f"seed_index {seed_index}: {path} holds {counted(args.num_seeds, 'seed')}")
         self.args, self.algorithm, self.prey = replace(args, num_seeds=1), algorithm, checkpoint["prey"]
         env = common.make_env(common.task_name(args))
         self.agents, self.obs_size, self.boxes = env.agents, env.obs_size, getattr(env, "boxes", {})
@@ -75,20 +82,21 @@ class TrainedPolicy:
         restore(self.learners, {}, checkpoint | {"learners": chosen}, path)
         self.generator = torch.Generator().manual_seed(args.seed)
 
+    @torch_defaults()
     def __call__(self, observations: dict) -> dict:
         """{agent: observation [d_i]} -> {agent: action [A_i], float32}, in the range of the agent's action space.
 
         In an environment of one's own the actions are as its Box takes them, elsewhere in [-1, 1].
 
         Raises:
-            UserError: an agent is missing or unknown, or an observation has another size than its agent's.
+            UserError: an agent is missing or unknown, or its observation has another size or is not finite.
         """
         if observations.keys() != self.sizes.keys():
-            raise UserError(f"observations of {', '.join(observations)}: expected {', '.join(self.sizes)}")
-        obs = {name: as_tensor(x) for name, x in observations.items()}
-        for name, size in self.sizes.items():
-            if obs[name].shape != (size,):
-                raise UserError(f"observation of {name} has shape {tuple(obs[name].shape)}, expected ({size},)")
+            raise UserError(f"observations of {', '.join(map(str, observations))}: expected {', '.join(self.sizes)}")
+        obs = {
+            name: as_tensor(observations[name], f"observation of {name}", (size,), finite=True).detach()
+            for name, size in self.sizes.items()
+        }
         stacked = torch.stack([F.pad(obs[name], (0, self.obs_size - self.sizes[name])) for name in self.agents])
         actions = self.algorithm.act(self.learners, stacked[:, None], self.args, self.generator)[:, 0]
         actions = (actions * self.action_scale).numpy()

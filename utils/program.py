@@ -6,12 +6,14 @@ import ctypes
 import errno
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,14 +29,25 @@ def program(main) -> None:
     A reader that closes the pipe, such as `head`, ends the program silently.
     """
     keep_freed_memory()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell's >&- has closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        with suppress(AttributeError, OSError):  # of streams of another kind
+            getattr(sys, name).reconfigure(errors="replace")  # an ASCII terminal shows "?" for "±"
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes there at its end
         sys.exit(141)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        remedy = "lower --num-seeds, --batch-size, --eval-episodes or --num-transitions"
+        print(f"error: not enough memory; {remedy} ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -53,8 +66,15 @@ def keep_freed_memory() -> None:
             mallopt(-3, 2**28) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 256 MB, or the maximum before glibc 2.35
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as in "1 seed" and "2 seeds"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def usable_cores() -> int:
     """Cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return os.process_cpu_count() or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -64,7 +84,8 @@ def catch_signals():
     caught, handlers = [], {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda number, frame: caught.append(number))
+            if signal.getsignal(number) != signal.SIG_IGN:  # as of SIGINT in a shell's background jobs
+                handlers[number] = signal.signal(number, lambda number, frame: caught.append(number))
     try:
         yield caught
     finally:
@@ -85,7 +106,7 @@ def disk_errors(path: str | Path, remedy: str):
     except BrokenPipeError:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # NumPy's short writes have no number
         raise UserError(f"{path}: {error.strerror or error}" + (f"; {remedy}" if full else "")) from None
     finally:
         threading.excepthook = hook
@@ -131,3 +152,41 @@ def load_torch(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); restore or delete it") from None
+
+
+@contextmanager
+def replaced_folder(target: Path, overwrite: bool):
+    """A temporary folder in the scenario's that takes the place of `target` when the context ends well, or not at all.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    scenario = target.parents[1]
+    missing = [folder for folder in target.parents if not folder.exists()]
+    temporary = scenario / f".{target.parent.name}-{os.getpid()}-{time.time_ns()}.tmp"
+    replaced = temporary.with_suffix(".old")
+    for left in (*scenario.glob(".*.tmp"), *scenario.glob(".*.old")):
+        with suppress(FileNotFoundError):  # of a process that has just ended
+            if time.time() - left.stat().st_mtime > 86_400:  # no dataset takes a day: a killed process left it
+                shutil.rmtree(left, ignore_errors=True)
+    try:
+        with disk_errors(target, "free some space or choose another --data-dir"):
+            temporary.mkdir(parents=True)
+            yield temporary
+            target.parent.mkdir(exist_ok=True)
+            if overwrite and target.exists():
+                os.rename(target, replaced)
+            try:
+                os.rename(temporary, target)
+            except OSError:
+                if not target.exists():
+                    raise
+                print(f"{target}: another process has just made it; keeping that one")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            os.rename(replaced, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # it holds something now
+                folder.rmdir()

@@ -17,7 +17,7 @@ def hardware(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
             cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), cpu)
     return f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
 
@@ -38,4 +38,4 @@ def script_command() -> str:
         script = Path(os.path.relpath(script))
     except ValueError:  # another drive on Windows
         pass
-    return f"python {shlex.quote(str(script))}"
+    return f"python {shlex.quote(script.as_posix())}"
