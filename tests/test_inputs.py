@@ -329,7 +329,7 @@ def test_collecting_with_numbers_of_any_type(number, tmp_path, collect):
     noise = np.float32(0.25) if number == "int32" else torch.tensor(0.25)
     made = collect("simple_tag", "medium", tmp_path / "b", convert(200), seed=convert(9), action_noise=noise)
     assert made["checksums"] == plain["checksums"]
-    written = (common.dataset_path(tmp_path / folder, "simple_tag", "medium") / "metadata.json" for folder in "ab")
+    written = (common.dataset_path(tmp_path / folder, "simple_tag", "medium", 9) / "metadata.json" for folder in "ab")
     one, other = (json.loads(file.read_text()) for file in written)
     assert one == other and one["seed"] == 9 and one["action_noise"] == {"medium": 0.25}
 

@@ -99,8 +99,10 @@ def test_these_settings_are_those_of_the_command_line():
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_raw_results_were_made_with_the_settings_that_their_cells_have_today(folder):
-    """Except bfloat16, which was the default on some machines."""
+    """Except bfloat16, which was the default on some machines, and HalfCheetah on its earlier datasets."""
     for path, results in in_folder(folder):
+        if results["scenario"] == "HalfCheetah" and "versions" not in results["data"]:
+            continue
         plain = report.Cell(report.Variant(results["algorithm"]), results["scenario"], results["dataset"])
         cell = CELLS.get(path, plain)
         job = reproduce.Job(cell, (), settings(cell), path.parent, path)
