@@ -497,3 +497,9 @@ def test_the_camera_follows_a_robot():
         except RuntimeError as error:
             pytest.skip(f"{error}; install EGL")
         assert (image[..., 0] - image[..., 2] > 40).mean() > 0.01
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
+def test_a_committed_policy_has_all_that_the_closing_table_shows(file):
+    results = read_policy(file)["results"]
+    assert f"data: {results['data']['versions'][0]}" in evaluation.closing_table(results)
