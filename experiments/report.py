@@ -535,6 +535,9 @@ OVERVIEW = """# What did the experiments show?
 [`results/`](../results/README.md). Returns are means over seeds of the last parameters. A cell is one algorithm on one
 dataset in one environment. Each heading has its figure and a link to its table, which shows every mean and spread next
 to the paper's.
+
+All HalfCheetah results here are of earlier datasets with less action noise. What is known on the present ones is in
+[settings](settings.md#halfcheetah).
 """
 
 
