@@ -261,10 +261,10 @@ class MujocoEnv:
             ValueError: the actions have another shape or are not finite.
         """
         shape = (self.num_envs, self.num_agents, self.action_size)
-        actions = as_tensor(actions, "the array of actions", shape, dtype=torch.float64, finite=True)
+        actions = as_tensor(actions, "the array of actions", shape, dtype=torch.float64).detach().flatten(1)
+        actions = as_tensor(actions[:, self._entries], "the array of actions", dtype=torch.float64, finite=True)
         controls = np.empty((self.num_envs, self._joints.size))
-        actions = actions.detach().clamp(-1, 1) * self.action_scale
-        controls[:, self._joints] = actions.flatten(1).numpy()[:, self._entries]
+        controls[:, self._joints] = (actions.clamp(-1, 1) * self.action_scale).numpy()
         reward = np.zeros(self.num_envs, np.float32)
         for i in np.flatnonzero(~self._terminated):
             self._state[i], reward[i], self._terminated[i], _, _ = self.robots[i].step(controls[i])

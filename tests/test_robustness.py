@@ -258,7 +258,7 @@ def test_collections_killed_at_any_moment_leave_whole_datasets(overwrite, start,
     finish(undisturbed)
     whole = files(tmp_path / "whole" / "data")
     if overwrite:
-        finish(start("collect_datasets", [*words, "--seed", "1"], tmp_path / "killed"))
+        finish(start("collect_datasets", [*words, "--action-noise", "0.5"], tmp_path / "killed"))
         words += ["--overwrite"]
     possible = [whole, files(tmp_path / "killed" / "data")] if overwrite else [whole]
     moments, kills, code = random.Random(0), 0, None
@@ -272,6 +272,8 @@ def test_collections_killed_at_any_moment_leave_whole_datasets(overwrite, start,
         assert code in (0, -signal.SIGKILL), printed
         kills += code != 0
         for folder in (tmp_path / "killed" / "data").glob("simple_tag/[!.]*"):  # what has a dataset's name is one
+            if not files(folder):
+                continue  # killed between two renames: an empty folder is no dataset, and training makes it
             names = [name for name in whole if folder.name in name.parts]
             made = {Path("simple_tag") / folder.name / name: contents for name, contents in files(folder).items()}
             assert made in [{name: contents[name] for name in names} for contents in possible]
