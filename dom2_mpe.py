@@ -71,6 +71,8 @@ class TrainingArgs(options.TrainingArgs):
     """weight of the diffusion loss in Eq. 5"""
     zeta: Weight = 0.0
     """weight of the conservative term in Eq. 1; 0 turns it off"""
+    conservative_share: Share = 0.25
+    """share of every minibatch from which that term is estimated; 1 as in the paper, at twice the time of an update"""
     max_grad_norm: Weight = 0.5
     """largest gradient norm per learner and network; 0: no clipping"""
 
@@ -366,7 +368,7 @@ class Batch(NamedTuple):
     next_obs: Tensor  # [L, B, d]
     done: Tensor  # [L, B], 1 after a terminal state
     target_noise: Tensor  # [L, B, A], starts the target policy's chain
-    random_actions: Tensor  # [L, B, 10, A], uniform in [-1, 1]
+    random_actions: Tensor  # [L, B', 10, A], uniform in [-1, 1], for the first B' transitions
     tau: Tensor  # [L, B], diffusion times of Eq. 3
     eps: Tensor  # [L, B, A], noise of Eq. 3
     policy_noise: Tensor  # [L, B, A], starts the policy's chain
@@ -378,23 +380,24 @@ def critic_loss(critic, target_critic, target_policy, batch: Batch, gamma: float
     (r + gamma (1 - done) min_k Qbar_k(o', pibar(o')) - Q(o, a))^2
         + zeta (log sum_{10 uniform a~} exp Q(o, a~) - Q(o, a))
 
-    Bars mark target networks. Returns the loss [L] and a dict of metrics [L].
+    Bars mark target networks. The term is a mean over the B' transitions with random actions. Returns the loss [L] and
+    a dict of metrics [L].
     """
     with torch.no_grad():
         next_action = target_policy(batch.next_obs, batch.target_noise)
         next_q = target_critic(batch.next_obs, next_action).amin(1)  # [L, B]
         target = (batch.reward + gamma * (1 - batch.done) * next_q)[:, None]  # [L, 1, B]
-    actions = batch.action[:, :, None]
+    q = critic(batch.obs, batch.action)  # [L, 2, B]
+    td = (target - q).square().mean(-1).sum(1)
+    loss, metrics = td, {"losses/td": td.detach(), "charts/q_data": q.detach().mean((1, 2))}
     if zeta > 0:
-        actions = torch.cat([actions, batch.random_actions * target_policy.mask[:, None]], 2)  # [L, B, 11, A]
-    q = q_of_candidates(critic, batch.obs, actions)  # [L, 2, B, 1 or 11]
-    td = (target - q[..., 0]).square().mean(-1).sum(1)
-    loss, metrics = td, {"losses/td": td.detach(), "charts/q_data": q[..., 0].detach().mean((1, 2))}
-    if zeta > 0:
-        conservative = (q[..., 1:].logsumexp(-1) - q[..., 0]).mean(-1).sum(1)
+        part = batch.random_actions.shape[1]  # B'
+        actions = batch.random_actions * target_policy.mask[:, None]
+        q_random = q_of_candidates(critic, batch.obs[:, :part], actions)  # [L, 2, B', 10]
+        conservative = (q_random.logsumexp(-1) - q[..., :part]).mean(-1).sum(1)
         loss = td + zeta * conservative
         metrics["losses/conservative"] = conservative.detach()
-        metrics["charts/q_random"] = q[..., 1:].detach().mean((1, 2, 3))
+        metrics["charts/q_random"] = q_random.detach().mean((1, 2, 3))
     return loss, metrics
 
 
@@ -459,7 +462,7 @@ def sample_batch(data: Dataset, args: Args) -> Batch:
     return Batch(
         *transitions,
         target_noise=torch.randn(L, B, A, device=device),
-        random_actions=torch.rand(L, B, 10, A, device=device) * 2 - 1,
+        random_actions=torch.rand(L, math.ceil(args.conservative_share * B), 10, A, device=device) * 2 - 1,
         tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,  # uniform over `time_grid`
         eps=torch.randn(L, B, A, device=device),
         policy_noise=torch.randn(L, B, A, device=device),

@@ -11,7 +11,8 @@ its target noise:
 
 Settings are those published with OMAR; on HalfCheetah, where they take hours on a CPU, networks, learning rate and
 updates are DOM2's and the conservative term has a third of the actions. The published ones are an option each:
-`--updates 100000 --widths 256 256 --lr 3e-4 --cql-actions 10 --cql-policy-actions 10`.
+`--updates 100000 --widths 256 256 --lr 3e-4 --cql-actions 10 --cql-policy-actions 10`. The term is estimated from a
+quarter of each minibatch in all environments (`--conservative-share 1`: from all of it).
 
 OMAR's networks begin with batch normalisation, each call by its own batch. For observations that comes to
 standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a scale common to all actions

@@ -121,7 +121,7 @@ def sample_batch(data, args: Args) -> Batch:
     return Batch(
         *transitions,
         target_noise=torch.randn(L, B, N * A, device=device),
-        random_actions=torch.rand(L, B, 10, A, device=device) * 2 - 1,
+        random_actions=torch.rand(L, math.ceil(args.conservative_share * B), 10, A, device=device) * 2 - 1,
         tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,
         eps=torch.randn(L, B, A, device=device),
         policy_noise=torch.randn(L, B, N * A, device=device),

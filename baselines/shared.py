@@ -198,6 +198,8 @@ class CQLArgs(TrainingArgs):
 
     cql_alpha: Weight = 1.0
     """weight of the conservative term"""
+    conservative_share: Share = 0.25
+    """share of every minibatch from which that term is estimated; as published: 1"""
     cql_actions: Count = 10
     """uniform actions per transition in the conservative term"""
     cql_policy_actions: Natural = 0
@@ -224,47 +226,50 @@ class CQLBatch(NamedTuple):
     reward: Tensor  # [L, B]
     next_obs: Tensor  # [L, B, d]
     done: Tensor  # [L, B], 1 after a terminal state
-    random_actions: Tensor  # [L, B, K, A], uniform in [-1, 1]
-    policy_noise: Tensor  # [2, L, B, K, A], standard normal
+    random_actions: Tensor  # [L, B', K, A], uniform in [-1, 1], for the first B' transitions
+    policy_noise: Tensor  # [2, L, B', K, A], standard normal
 
 
 def sample_cql_batch(data, args) -> CQLBatch:
     """Minibatches for all learners, and the random numbers of their update."""
     transitions = sample_transitions(data, args)
     (L, B, A), device = transitions[1].shape, data.obs.device
+    part = math.ceil(args.conservative_share * B)  # B'
     return CQLBatch(
         *transitions,
-        random_actions=torch.rand(L, B, args.cql_actions, A, device=device) * 2 - 1,
-        policy_noise=torch.randn(2, L, B, args.cql_policy_actions, A, device=device),
+        random_actions=torch.rand(L, part, args.cql_actions, A, device=device) * 2 - 1,
+        policy_noise=torch.randn(2, L, part, args.cql_policy_actions, A, device=device),
     )
 
 
 def proposals(policy, batch, noise: float):
-    """Uniform actions, noisy actions of the policy at o and at o': each [L, B, K, A] with log-densities [L, B, K]."""
-    mask = policy.mask[:, None]
+    """Uniform actions, noisy actions of the policy at o and at o': each [L, B', K, A] with log-densities [L, B', K]."""
+    mask, part = policy.mask[:, None], batch.random_actions.shape[1]
     yield batch.random_actions * mask, (torch.full_like(batch.random_actions, math.log(0.5)) * mask).sum(-1)
     for obs, eps in zip((batch.obs, batch.next_obs), batch.policy_noise, strict=True):
         if eps.numel():
             log_density = -0.5 * eps.square() - math.log(noise * math.sqrt(2 * math.pi))
-            actions = (policy(obs).detach()[:, :, None] + noise * eps).clamp(-1, 1)
+            actions = (policy(obs[:, :part]).detach()[:, :, None] + noise * eps).clamp(-1, 1)
             yield actions * mask, (log_density * mask).sum(-1)
 
 
 def cql_loss(critic, target_critic, policy, target_policy, batch, args):
     """TD error + cql_alpha (log sum_a~ exp(Q(o, a~) - log p(a~)) - Q(o, a)) (CQL's Eq. 4), summed over the twins.
 
+    The second term is a mean over the B' transitions that have random actions.
+
     Returns the loss [L] and a dict of metrics [L].
     """
     with torch.no_grad():
         next_q = target_critic(batch.next_obs, target_policy(batch.next_obs)).amin(1)
         target = (batch.reward + args.gamma * (1 - batch.done) * next_q)[:, None]  # [L, 1, B]
-    q = critic(batch.obs, batch.action)  # [L, 2, B]
+    q, part = critic(batch.obs, batch.action), batch.random_actions.shape[1]  # [L, 2, B], B'
     q_sampled = [
-        q_of_candidates(critic, batch.obs, actions) - density[:, None]
+        q_of_candidates(critic, batch.obs[:, :part], actions) - density[:, None]
         for actions, density in proposals(policy, batch, args.cql_noise)
     ]
     td = (target - q).square().mean(-1).sum(1)
-    conservative = (torch.cat(q_sampled, -1).logsumexp(-1) - q).mean(-1).sum(1)
+    conservative = (torch.cat(q_sampled, -1).logsumexp(-1) - q[..., :part]).mean(-1).sum(1)
     metrics = {"losses/td": td, "losses/conservative": conservative, "charts/q_data": q.mean((1, 2))}
     return td + args.cql_alpha * conservative, {name: value.detach() for name, value in metrics.items()}
 

@@ -123,6 +123,13 @@ def bf16_speedup_cpu() -> str:
     return f"{full / half:.2f}"
 
 
+def conservative_cost_cpu() -> str:
+    """The update with the conservative term against the one without, widths 256 and batch 256."""
+    sizes = dict(batch_size=256, widths=(256, 256, 256), critic_widths=(256, 256), dataset="medium")
+    conservative, plain = alternate(make_step(3, zeta=0.1, **sizes), make_step(3, zeta=0.0, **sizes), repeats=50)
+    return f"{conservative / plain:.2f}"
+
+
 def updates_per_second_cpu() -> str:
     """The default run's update, all cores."""
     return f"{1 / alternate(make_step(3), repeats=200)[0]:.1f}"
@@ -232,6 +239,7 @@ MEASURES = [
     stacked_speedup_cpu,
     gemm_fraction_cpu,
     bf16_speedup_cpu,
+    conservative_cost_cpu,
     updates_per_second_cpu,
     data_size_slowdown,
     peak_memory_gb,

@@ -185,16 +185,16 @@ def test_td3bc_policy_loss_and_its_gradient():
         close(actual, naive)
 
 
-def cql_batch(policy_actions):
-    uniform = normal(L, B, 3, A, seed=6).tanh()
-    return shared.CQLBatch(*transitions(), uniform, normal(2, L, B, policy_actions, A, seed=7))
+def cql_batch(policy_actions, part=B):
+    uniform = normal(L, B, 3, A, seed=6).tanh()[:, :part]
+    return shared.CQLBatch(*transitions(), uniform, normal(2, L, B, policy_actions, A, seed=7)[:, :, :part])
 
 
-@pytest.mark.parametrize("policy_actions", [0, 2])
-def test_cql_critic_loss(policy_actions):
+@pytest.mark.parametrize("policy_actions, part", [(0, B), (2, B), (2, B - 1), (0, 1)])
+def test_cql_critic_loss(policy_actions, part):
     policy, target_policy, critic, target_critic = actors_and_critics()
     args = options(MA_CQL, cql_alpha=1.5, cql_noise=0.3, cql_policy_actions=policy_actions, gamma=0.9)
-    batch = cql_batch(policy_actions)
+    batch = cql_batch(policy_actions, part)
     loss, metrics = shared.cql_loss(critic, target_critic, policy, target_policy, batch, args)
     uniform, gaussian = torch.distributions.Uniform(-1.0, 1.0), torch.distributions.Normal(0.0, 0.3)
     for i in range(L):
@@ -204,17 +204,20 @@ def test_cql_critic_loss(policy_actions):
             action = action_of(target_policy, next_obs, i)
             next_q = min(q_of(target_critic, next_obs, action, i, twin) for twin in (0, 1))
             target = batch.reward[i, b] + (0.9 * next_q if b < B - 1 else 0)
-            sampled = [(a, uniform.log_prob(a * 0.999).sum()) for a in batch.random_actions[i, b]]
-            for centre, noises in zip((obs, next_obs), batch.policy_noise[:, i, b], strict=True):
-                for noise in 0.3 * noises:
-                    sampled.append(
-                        ((action_of(policy, centre, i) + noise).clamp(-1, 1), gaussian.log_prob(noise).sum())
-                    )
+            sampled = []
+            if b < part:
+                sampled = [(a, uniform.log_prob(a * 0.999).sum()) for a in batch.random_actions[i, b]]
+                for centre, noises in zip((obs, next_obs), batch.policy_noise[:, i, b], strict=True):
+                    for noise in 0.3 * noises:
+                        sampled.append(
+                            ((action_of(policy, centre, i) + noise).clamp(-1, 1), gaussian.log_prob(noise).sum())
+                        )
             for twin in (0, 1):
                 q = q_of(critic, obs, batch.action[i, b], i, twin)
-                total = sum(math.exp((q_of(critic, obs, a, i, twin) - density).item()) for a, density in sampled)
                 td += (target - q).item() ** 2 / B
-                conservative += (math.log(total) - q.item()) / B
+                if b < part:
+                    total = sum(math.exp((q_of(critic, obs, a, i, twin) - density).item()) for a, density in sampled)
+                    conservative += (math.log(total) - q.item()) / part
         close(loss[i].item(), td + 1.5 * conservative, 1e-7)
         close(metrics["losses/td"][i], td, 1e-7)
         close(metrics["losses/conservative"][i], conservative, 1e-7)
