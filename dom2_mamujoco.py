@@ -25,6 +25,7 @@ per minibatch, A action entries, d observation entries, K actions per observatio
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -473,18 +474,19 @@ def make_learners(args: Args, env, policy_class=DiffusionPolicy) -> nn.ModuleDic
 
     Reads only num_agents, obs_size, action_size, device and, where there is one, action_mask [n, A] of `env`.
     """
-    sizes, learners = (args.num_seeds * env.num_agents, env.obs_size, env.action_size), nn.ModuleDict()
+    sizes = args.num_seeds * env.num_agents, env.obs_size, env.action_size
     mask = getattr(env, "action_mask", None)
     mask = None if mask is None else mask.repeat(args.num_seeds, 1)[:, None]  # [L, 1, A]
-    for prefix in ("", "target_"):
-        net = NOISE_NETS[args.noise_net](*sizes, args.widths)
-        schedule = NoiseSchedule(beta_max=args.beta_max)
-        learners[prefix + "policy"] = policy_class(net, schedule, args.diffusion_steps, args.prediction, mask)
-        learners[prefix + "critic"] = TwinCritic(*sizes, args.critic_widths, args.critic_norm)
-    for name in ("policy", "critic"):
-        learners[f"target_{name}"].load_state_dict(learners[name].state_dict())
-        learners[f"target_{name}"].requires_grad_(False)
-    return learners.to(env.device)
+    net, schedule = NOISE_NETS[args.noise_net](*sizes, args.widths), NoiseSchedule(beta_max=args.beta_max)
+    policy = policy_class(net, schedule, args.diffusion_steps, args.prediction, mask)
+    critic = TwinCritic(*sizes, args.critic_widths, args.critic_norm)
+    return with_targets(policy=policy, critic=critic).to(env.device)
+
+
+def with_targets(**networks: nn.Module) -> nn.ModuleDict:
+    """The networks by name, and a copy of each as target_<name>."""
+    copies = {f"target_{name}": deepcopy(network).requires_grad_(False) for name, network in networks.items()}
+    return nn.ModuleDict(networks | copies)
 
 
 def adam(learners: nn.ModuleDict, **lr: float) -> dict[str, torch.optim.Optimizer]:
@@ -545,10 +547,13 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
 
 @torch.no_grad()
 def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """Sample an action for every observation, from noise scaled by args.temperature: [L, E, d] -> [L, E, A]."""
+    """Sample an action for every observation, from noise scaled by args.temperature: [L, E, d] -> [L, E, A].
+
+    The target policy acts. It is a moving average of the policy, whose return changes less from update to update.
+    """
     action_size = learners["critic"].layers[0].weight.shape[1] - obs.shape[-1]
     noise = torch.randn(*obs.shape[:2], action_size, generator=generator, device=obs.device)
-    return learners["policy"](obs, args.temperature * noise)
+    return learners["target_policy"](obs, args.temperature * noise)
 
 
 DOM2 = Algorithm("dom2", Args, SETTINGS, make_learners, make_optimizers, sample_batch, update, act)

@@ -23,7 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 
 from baselines import shared
 from baselines.shared import ObservationNorm, Policy, act, action_mask, options, settings_table
-from dom2_mpe import Algorithm, adam, gradient_step, parse, program, sample_transitions, train
+from dom2_mpe import (
+    Algorithm,
+    adam,
+    gradient_step,
+    parse,
+    program,
+    sample_transitions,
+    soft_update,
+    train,
+    with_targets,
+)
 
 
 @dataclass
@@ -32,6 +42,8 @@ class TrainingArgs(options.TrainingArgs):
 
     lr: options.Share = 1e-3
     """Adam's learning rate"""
+    rho: options.Share = 0.005
+    """the acting policies are a moving average: they move by this share of the difference each update"""
 
 
 @dataclass
@@ -58,10 +70,12 @@ def bc_loss(policy, batch: Batch) -> Tensor:
 
 
 def make_learners(args: Args, env) -> nn.ModuleDict:
-    """Observation moments and policies, with a leading learner axis."""
+    """Observation moments, policies and their moving averages, with a leading learner axis."""
     L = args.num_seeds * env.num_agents
     policy = Policy(L, env.obs_size, env.action_size, args.widths, action_mask(args, env))
-    return nn.ModuleDict({"norm": ObservationNorm(L, env.obs_size), "policy": policy}).to(env.device)
+    learners = with_targets(policy=policy)
+    learners["norm"] = ObservationNorm(L, env.obs_size)
+    return learners.to(env.device)
 
 
 def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict:
@@ -77,6 +91,7 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
     learners["norm"].track(batch.obs)
     loss = bc_loss(learners["policy"], batch._replace(obs=learners["norm"](batch.obs)))
     gradient_step(learners, optimizers, "policy", loss, max_norm=0)
+    soft_update(learners["target_policy"], learners["policy"], args.rho)
     return {"losses/bc": loss.detach()}
 
 

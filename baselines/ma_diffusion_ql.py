@@ -134,7 +134,7 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
     (L, E, d), K = obs.shape, args.eval_candidates
     A = learners["critic"].layers[0].weight.shape[1] - d
     noise = torch.randn(L, E * K, args.diffusion_steps * A, generator=generator, device=obs.device)
-    actions = learners["policy"](obs.repeat_interleave(K, 1), args.temperature * noise).view(L, E, K, A)
+    actions = learners["target_policy"](obs.repeat_interleave(K, 1), args.temperature * noise).view(L, E, K, A)
     if K == 1:
         return actions[:, :, 0]
     best = q_of_candidates(learners["critic"], obs, actions).amin(1).argmax(-1)  # [L, E]

@@ -52,6 +52,7 @@ from dom2_mpe import (
     q_of_candidates,
     soft_update,
     train,
+    with_targets,
 )
 from utils.program import UserError, program
 
@@ -67,7 +68,7 @@ class TrainingArgs(options.TrainingArgs):
     gamma: options.Discount = 0.95
     """discount factor; the time limit is not a terminal state"""
     rho: options.Share = 0.01
-    """the critic that plans moves by this share of the difference each update"""
+    """the critic that plans and the policy that acts move by this share of the difference each update"""
     window: options.Count = 25
     """consecutive steps to plan over; a minibatch is batch_size // window of these windows"""
     plan_windows: options.Count = 4
@@ -102,6 +103,8 @@ class EvaluationArgs(options.EvaluationArgs):
     """how strongly the acting policy prefers candidates of high Q"""
     eval_candidates: options.Count = 8
     """behaviour actions per decision of the acting policy"""
+    temperature: options.Weight = 1.0
+    """standard deviation of the noise from which they start; 0: all of them are the same"""
 
 
 @dataclass
@@ -188,14 +191,11 @@ def choose(q: Tensor, actions: Tensor, alpha: float, generator=None) -> Tensor:
 
 
 def make_learners(args: Args, env) -> nn.ModuleDict:
-    """Behaviour policies, critics and the critics' target copies, with a leading learner axis."""
+    """Behaviour policies, critics and target copies of both, with a leading learner axis."""
     sizes = args.num_seeds * env.num_agents, env.obs_size, env.action_size
     net, schedule = NOISE_NETS[args.noise_net](*sizes, args.widths), NoiseSchedule(beta_max=args.beta_max)
-    learners = {"policy": DiffusionPolicy(net, schedule, args.diffusion_steps, "noise", action_mask(args, env))}
-    learners |= {name: Critic(*sizes, args.critic_widths) for name in ("critic", "target_critic")}
-    learners["target_critic"].load_state_dict(learners["critic"].state_dict())
-    learners["target_critic"].requires_grad_(False)
-    return nn.ModuleDict(learners).to(env.device)
+    policy = DiffusionPolicy(net, schedule, args.diffusion_steps, "noise", action_mask(args, env))
+    return with_targets(policy=policy, critic=Critic(*sizes, args.critic_widths)).to(env.device)
 
 
 def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
@@ -227,10 +227,10 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
     policy, critic, target_critic = (learners[name] for name in ("policy", "critic", "target_critic"))
     loss, metrics = critic_loss(critic, target_critic, policy, batch, args.window, args.gamma, args.alpha)
     gradient_step(learners, optimizers, "critic", loss, max_norm=0)
-    soft_update(target_critic, critic, args.rho)
-
     loss = diffusion_loss(policy, batch)
     gradient_step(learners, optimizers, "policy", loss, max_norm=0)
+    for name in ("policy", "critic"):
+        soft_update(learners[f"target_{name}"], learners[name], args.rho)
     return metrics | {"losses/diffusion": loss.detach()}
 
 
@@ -239,7 +239,7 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
     """Candidates of the behaviour, one of them chosen by Q: obs [L, E, d] -> [L, E, A]."""
     A = learners["critic"].layers[0].weight.shape[1] - obs.shape[-1]
     noise = torch.randn(*obs.shape[:2], args.eval_candidates, A, generator=generator, device=obs.device)
-    actions = candidates(learners["policy"], obs, noise)
+    actions = candidates(learners["target_policy"], obs, args.temperature * noise)
     return choose(q_of_candidates(learners["critic"], obs, actions), actions, args.eval_alpha, generator)
 
 

@@ -11,7 +11,7 @@
 
 Training is centralised: through the attention the agents of a seed learn together. What differs from the original:
 - Windows of 8 observations for 24 (`--horizon 24`); 3 blocks of convolution and attention, 64 wide, for a U-Net of 128,
-  512 and 1,024; 10,000 updates (HalfCheetah: 100,000) for a million; no moving average of the parameters.
+  512 and 1,024; 10,000 updates (HalfCheetah: 100,000) for a million.
 - The network predicts the clean trajectory, not the noise, told what is known; 3 DPM-Solver steps for 200 of DDPM.
 - Return is the mean reward of the window, as its rank in the minibatch, in [0, 1]. The original takes the discounted
   return to the end of the episode over a scale set by hand per dataset; the target, 0.9, is the original's.
@@ -34,7 +34,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 
 from baselines import shared
 from baselines.shared import ObservationNorm, Policy, action_mask, options, settings_table
-from dom2_mpe import NoiseSchedule, StackedLinear, TimeFeatures, adam, dpm_solver, gradient_step, parse, program, train
+from dom2_mpe import (
+    NoiseSchedule,
+    StackedLinear,
+    TimeFeatures,
+    adam,
+    dpm_solver,
+    gradient_step,
+    parse,
+    program,
+    soft_update,
+    train,
+    with_targets,
+)
 from run import Algorithm
 from utils.data import draw
 
@@ -49,6 +61,8 @@ class TrainingArgs(options.TrainingArgs):
     """windows per seed and update"""
     lr: options.Share = 1e-3
     """Adam's learning rate"""
+    rho: options.Share = 0.005
+    """the acting networks are a moving average: they move by this share of the difference each update"""
     horizon: Annotated[int, options.Rule("at least 2", lambda x: x >= 2)] = 8
     """observations in a window and in a plan"""
     return_dropout: Fraction = 0.25
@@ -184,11 +198,13 @@ def plan(denoiser, first: Tensor, known: Tensor, noise: Tensor, args: Args) -> T
 
 
 def make_learners(args: Args, env) -> nn.ModuleDict:
-    """Observation moments, joint denoisers and inverse dynamics, with a leading learner axis."""
+    """Observation moments, joint denoisers, inverse dynamics, and moving averages of the latter two."""
     L, d = args.num_seeds * env.num_agents, env.obs_size
     denoiser = Denoiser(L, env.num_agents, d, args.width, args.num_blocks)
     inverse = Policy(L, 2 * d, env.action_size, args.inverse_widths, action_mask(args, env))
-    return nn.ModuleDict({"norm": ObservationNorm(L, d), "denoiser": denoiser, "inverse": inverse}).to(env.device)
+    learners = with_targets(denoiser=denoiser, inverse=inverse)
+    learners["norm"] = ObservationNorm(L, d)
+    return learners.to(env.device)
 
 
 def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
@@ -227,6 +243,8 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
     gradient_step(learners, optimizers, "denoiser", denoising, max_norm=0)
     inverse = inverse_loss(learners["inverse"], batch)
     gradient_step(learners, optimizers, "inverse", inverse, max_norm=0)
+    for name in ("denoiser", "inverse"):
+        soft_update(learners[f"target_{name}"], learners[name], args.rho)
     return {"losses/diffusion": denoising.detach(), "losses/inverse": inverse.detach()}
 
 
@@ -238,9 +256,9 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
     own = torch.eye(n, device=obs.device).repeat(L // n, 1).repeat_interleave(E, 1)  # [L, n E]: 1 in its own E plans
     known = F.pad(own[..., None, None], (0, 0, 0, args.horizon - 1))
     noise = torch.randn(L, n * E, args.horizon, d, generator=generator, device=obs.device)
-    plans = plan(learners["denoiser"], first.repeat(1, n, 1), known, noise, args)
+    plans = plan(learners["target_denoiser"], first.repeat(1, n, 1), known, noise, args)
     second = plans[:, :, 1][own > 0].view(L, E, d)
-    return learners["inverse"](torch.cat([first, second], -1))
+    return learners["target_inverse"](torch.cat([first, second], -1))
 
 
 MADIFF = Algorithm("madiff", Args, SETTINGS, make_learners, make_optimizers, sample_batch, update, act)

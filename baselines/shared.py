@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -17,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import DATASETS
-from dom2_mpe import StackedLinear, TwinCritic, adam, gradient_step, q_of_candidates, sample_transitions, soft_update
+from dom2_mpe import (
+    StackedLinear,
+    TwinCritic,
+    adam,
+    gradient_step,
+    q_of_candidates,
+    sample_transitions,
+    soft_update,
+    with_targets,
+)
 from mamujoco_env import SCENARIOS as ROBOTS
 from own_env import OWN
 from particle_env import SCENARIOS
@@ -168,13 +176,10 @@ class BatchNormCritic(TwinCritic):
 def make_actor_critic(args, env) -> nn.ModuleDict:
     """Observation moments, policies, critics, and target copies of the latter two."""
     critic_class = BatchNormCritic if getattr(args, "batch_norm", False) else TwinCritic
-    L = args.num_seeds * env.num_agents
-    learners = nn.ModuleDict({"norm": ObservationNorm(L, env.obs_size)})
-    for name, network in (("policy", partial(Policy, mask=action_mask(args, env))), ("critic", critic_class)):
-        for key in (name, f"target_{name}"):
-            learners[key] = network(L, env.obs_size, env.action_size, args.widths)
-        learners[f"target_{name}"].load_state_dict(learners[name].state_dict())
-        learners[f"target_{name}"].requires_grad_(False)
+    sizes = args.num_seeds * env.num_agents, env.obs_size, env.action_size
+    policy, critic = Policy(*sizes, args.widths, action_mask(args, env)), critic_class(*sizes, args.widths)
+    learners = with_targets(policy=policy, critic=critic)
+    learners["norm"] = ObservationNorm(*sizes[:2])
     return learners.to(env.device)
 
 
@@ -184,8 +189,8 @@ def make_optimizers(args, learners: nn.ModuleDict) -> dict[str, torch.optim.Opti
 
 @torch.no_grad()
 def act(learners: nn.ModuleDict, obs: Tensor, args, generator: torch.Generator) -> Tensor:
-    """Deterministic actions of all learners, obs [L, E, d] -> [L, E, A]."""
-    return learners["policy"](learners["norm"](obs))
+    """Deterministic actions of all learners' target policies, obs [L, E, d] -> [L, E, A]."""
+    return learners["target_policy"](learners["norm"](obs))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def prepare(run: str, num_seeds: int | None) -> tuple[str, dict, dict]:
     S, K = args.num_seeds, args.num_seeds if num_seeds is None else num_seeds
     if not 1 <= K <= S:
         raise UserError(f"--num-seeds {K}: {run} holds {S} seeds")
-    policy = {name: x for name, x in checkpoint["learners"].items() if name.startswith("policy.")}
+    policy = {name: x for name, x in checkpoint["learners"].items() if name.startswith("target_policy.")}
     policy = {name: x.unflatten(0, (S, -1))[:K].flatten(0, 1) for name, x in policy.items()}
     defaults = asdict(algorithm.args(args.scenario, args.dataset))
     options = asdict(args) | {name: defaults[name] for name in MACHINE} | {"num_seeds": K}

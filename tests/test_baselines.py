@@ -487,7 +487,7 @@ def test_sfbc_prefers_the_better_of_two_modes():
     data = two_modes()
     args = options(
         MA_SFBC, widths=(64, 64), critic_widths=(32,), batch_size=128, window=4, plan_candidates=2, gamma=0.5,
-        actor_lr=5e-3, critic_lr=5e-3, diffusion_steps=10, eval_candidates=32, eval_alpha=100.0,
+        actor_lr=5e-3, critic_lr=5e-3, rho=0.05, diffusion_steps=10, eval_candidates=32, eval_alpha=100.0,
     )  # fmt: skip
     learners = ma_sfbc.make_learners(args, env_of(2))
     optimizers = ma_sfbc.make_optimizers(args, learners)
@@ -499,6 +499,19 @@ def test_sfbc_prefers_the_better_of_two_modes():
     assert 0.25 < (either > 0).float().mean() < 0.75  # the behaviour has both
     assert ((either.abs() - 0.6).abs() < 0.3).float().mean() > 0.8
     assert (better[0] > 0.3).float().mean() > 0.95 and (better[1] < -0.3).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_sfbc_acts_from_noise_of_the_given_temperature(temperature):
+    args = options(MA_SFBC, temperature=temperature, **SMALL["ma_sfbc"] | {"eval_candidates": 6})
+    learners, obs = ma_sfbc.make_learners(args, env_of(2)), torch.randn(2, 3, D)
+    torch.nn.init.zeros_(learners["policy"].net.layers[-1].weight)  # the target policy is another one, and it acts
+    seen = []
+    learners["critic"].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1].view(2, 3, 6, A)))
+    ma_sfbc.act(learners, obs, args, torch.Generator().manual_seed(3))
+    noise = torch.randn(2, 3, 6, A, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(seen[0], ma_sfbc.candidates(learners["target_policy"], obs, temperature * noise))
 
 
 # ---- MADiff's plans ----

@@ -829,7 +829,7 @@ def test_act_of_one_candidate_samples_the_policy():
     args = options()
     learners, obs = make_learners(args, dtype=torch.float32), torch.randn(L, 6, D)
     given = []
-    learners["policy"].register_forward_hook(lambda module, inputs, output: given.append((inputs, output)))
+    learners["target_policy"].register_forward_hook(lambda module, inputs, output: given.append((inputs, output)))
     actions = dom2_mpe.act(learners, obs, args, torch.Generator().manual_seed(3))
     assert actions.shape == (L, 6, A)
     ((seen, noise), output), *more = given
@@ -864,13 +864,16 @@ def test_act_of_many_candidates_takes_the_best_by_the_smaller_twin():
 def test_candidates_are_samples_for_their_own_observation():
     args = options(algorithm=MA_DIFFUSION_QL, eval_candidates=7)
     learners = make_learners(args, dtype=torch.float32, algorithm=MA_DIFFUSION_QL)
-    learners["policy"] = Still(torch.tensor([[0.1, 0.2], [-0.3, 0.4], [0.5, -0.6]]), share=1e-3)
+    learners["target_policy"] = Still(torch.tensor([[0.1, 0.2], [-0.3, 0.4], [0.5, -0.6]]), share=1e-3)
     obs, seen = torch.randn(L, 6, D, generator=torch.Generator().manual_seed(0)), []
     learners["critic"].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1].view(L, 6, 7, A)))
     MA_DIFFUSION_QL.act(learners, obs, args, torch.Generator().manual_seed(3))
-    expected = learners["policy"].table[:, None] + 0.1 * obs[..., 2:4]
+    expected = learners["target_policy"].table[:, None] + 0.1 * obs[..., 2:4]
     assert (seen[0] - expected[:, :, None]).abs().max() < 0.01
     assert (seen[0].std(2) > 1e-5).all()  # and no two alike
+    args.temperature = 0.0
+    MA_DIFFUSION_QL.act(learners, obs, args, torch.Generator().manual_seed(3))
+    assert torch.equal(seen[1], expected[:, :, None].expand_as(seen[1]))  # without noise they are
 
 
 def random_prey(obs_size, seed=0):
@@ -1196,10 +1199,11 @@ def test_critics_with_layer_normalisation_against_a_loop():
 def test_acting_starts_from_noise_of_the_given_temperature(temperature):
     args = options(temperature=temperature)
     learners = dom2_mpe.make_learners(args, SimpleNamespace(num_agents=3, obs_size=18, action_size=2, device="cpu"))
+    torch.nn.init.zeros_(learners["policy"].net.layers[-1].weight)  # the target policy is another one, and it acts
     obs = torch.randn(3, 4, 18)
     found = dom2_mpe.act(learners, obs, args, torch.Generator().manual_seed(1))
     noise = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert torch.equal(found, learners["policy"](obs, temperature * noise))
+        assert torch.equal(found, learners["target_policy"](obs, temperature * noise))
     other = dom2_mpe.act(learners, obs, args, torch.Generator().manual_seed(2))
     assert torch.equal(found, other) == (temperature == 0)

@@ -911,6 +911,6 @@ def test_a_policy_acts_as_its_learners(name, trained):
         for i, agent in enumerate(env.agents):
             x[seed * n + i, 0, : len(obs[agent])] = torch.from_numpy(obs[agent])
         with torch.no_grad():
-            expected = learners["policy"](x, args.temperature * noise.repeat(2, 1, 1))[seed * n : seed * n + n, 0]
+            expected = learners["target_policy"](x, args.temperature * noise.repeat(2, 1, 1))[seed * n :][:n, 0]
         for i, agent in enumerate(env.agents):
             np.testing.assert_allclose(actions[agent], expected[i], atol=1e-6)

@@ -104,7 +104,7 @@ def test_a_policy_from_a_file_can_be_pickled(exported):
 
 def test_a_policy_file_holds_only_what_acting_needs(run, exported):
     checkpoint, found = load_torch(run / "checkpoint.pt"), read_policy(exported["float32"])
-    policy = {name: x for name, x in checkpoint["learners"].items() if name.startswith("policy.")}
+    policy = {name: x for name, x in checkpoint["learners"].items() if name.startswith("target_policy.")}
     assert found["learners"].keys() == policy.keys()
     assert all(torch.equal(found["learners"][name], x) for name, x in policy.items())
     assert all(torch.equal(found["prey"][name], x) for name, x in checkpoint["prey"].items())
@@ -216,7 +216,7 @@ def test_networks_that_do_not_fit_the_options(run, exported, tmp_path):
     name = next(name for name in contents["learners"] if name.endswith("weight"))
     missing = {k: v for k, v in contents["learners"].items() if k != name}
     changed = contents["learners"] | {name: contents["learners"][name][..., :1]}
-    for learners in (missing, changed, contents["learners"] | {"policy.more": torch.zeros(6)}):
+    for learners in (missing, changed, contents["learners"] | {"target_policy.more": torch.zeros(6)}):
         policy_files.write_policy(file, contents | {"learners": learners}, contents["results"])
         with pytest.raises(UserError, match=rf"^{file}: its networks do not fit its options"):
             load_policy(file)

@@ -540,7 +540,7 @@ def test_spread_and_saturation_are_of_own_entries():
     saturation = dom2_mpe.q_loss(policy, learners["critic"], batch, 1.0)[1]["charts/saturation"]
     for learner, size in enumerate(OWN):
         share = (action[learner, :, :size].abs() > 0.99).double().mean()
-        assert share >= 0.5
+        assert share > 0.2
         torch.testing.assert_close(saturation[learner], share, check_dtype=False)
 
 

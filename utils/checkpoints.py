@@ -106,7 +106,7 @@ def restore(learners, optimizers: dict, checkpoint: dict, path: str | Path) -> N
     """
     state = checkpoint["learners"]
     if checkpoint["optimizers"] is None:
-        optimizers, others = {}, {k: v for k, v in learners.state_dict().items() if not k.startswith("policy.")}
+        optimizers, others = {}, {k: v for k, v in learners.state_dict().items() if not k.startswith("target_policy.")}
         state = others | state
     try:
         learners.load_state_dict(state)

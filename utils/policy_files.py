@@ -1,8 +1,8 @@
 """Policy files: what acting needs of a trained run, in one .safetensors file. pretrained/policies/ holds some.
 
-A file holds the policy networks of some seeds of a run (leading learner axis, seed 0's agents first) and the frozen
-prey where the scenario has one. Its metadata has one entry, `policy`: the algorithm's name, the options, the results
-and a checksum, in JSON. There are no critics, target networks and optimisers, so no run can be continued from it.
+A file holds the target policies, which act, of some seeds of a run (leading learner axis, seed 0's agents first) and
+the frozen prey where the scenario has one. Its metadata has one entry, `policy`: the algorithm's name, the options, the
+results and a checksum, in JSON. There are no critics and optimisers, so no run can be continued from it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def write_policy(file: Path, checkpoint: dict, results: dict, dtype: str = "floa
         dtype: of the policy's weight matrices, a key of DTYPES. Everything else stays in float32: little in size, and
             rounding the frequencies of the time features would shift their phases.
     """
-    policy = {name: x for name, x in checkpoint["learners"].items() if name.startswith("policy.")}
+    policy = {name: x for name, x in checkpoint["learners"].items() if name.startswith("target_policy.")}
     tensors = {name: x.to(DTYPES[dtype]) if name.endswith(".weight") else x for name, x in policy.items()}
     tensors |= {f"prey.{name}": x for name, x in (checkpoint["prey"] or {}).items()}
     tensors = {name: x.contiguous() for name, x in tensors.items()}
@@ -71,14 +71,14 @@ def read_policy(file: Path) -> dict:
             facts, tensors = json.loads(f.metadata()["policy"]), {name: f.get_tensor(name) for name in f.keys()}
         if facts.pop("checksum") != checksum(facts, tensors):
             raise ValueError
-        results, parts = facts["results"], {"policy": {}, "prey": {}}
+        results, parts = facts["results"], {"target_policy": {}, "prey": {}}
         for name, x in tensors.items():
             parts[name.partition(".")[0]][name] = x.to(torch.float32, copy=True)  # the file may change
         return {
             "algorithm": facts["algorithm"],
             "args": facts["args"],
             "updates": results["updates"],
-            "learners": parts["policy"],
+            "learners": parts["target_policy"],
             "optimizers": None,
             "prey": {name.removeprefix("prey."): x for name, x in parts["prey"].items()} or None,
             "data": results["data"],
