@@ -120,7 +120,7 @@ def with_steps(steps: int) -> Variant:
     return varied("dom2", "denoising-steps", words, diffusion_steps=steps)
 
 
-TABLE = plain("bc", "ma_cql", "omar", "ma_sfbc", "dom2")
+TABLE = plain(*ALGORITHMS)
 EFFICIENCY = ("ma_cql", "omar", "ma_sfbc", "dom2")
 BASELINES = ("ma_bc", "ma_td3bc", "ma_cql", "omar", "ma_sfbc", "madiff")
 NO_REPLAY = tuple(d for d in DATASETS if d != "medium-replay")
