@@ -67,13 +67,13 @@ class DataArgs(options.DataArgs):
 class TrainingArgs(options.TrainingArgs):
     """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
-    actor_lr: Share = 3e-4
+    actor_lr: Share = 1e-3
     """Adam's learning rate of the diffusion policies"""
-    critic_lr: Share = 3e-4
+    critic_lr: Share = 1e-3
     """Adam's learning rate of the critics"""
     gamma: Discount = 0.99
     """discount factor; the time limit is not a terminal state, a fall is"""
-    rho: Share = 0.005
+    rho: Share = 0.01
     """target networks: target <- rho source + (1 - rho) target in every update (Algorithm 2, line 8)"""
     eta: Weight = 1.0
     """weight of the Q-loss in Eq. 5; 0 is behaviour cloning with a diffusion policy"""
@@ -122,12 +122,12 @@ class Args(DataArgs, TrainingArgs, NetworkArgs, options.EvaluationArgs, options.
 # Values that replace the defaults for one dataset, found by experiment (docs/settings.md). Command-line options win.
 EVERYWHERE = dict(updates=6_000, eval_interval=2_000, eval_episodes=32, shift=("random", "extreme"))
 SETTINGS = {
-    "random": dict(),
-    "random-medium": dict(),
-    "medium-replay": dict(),
-    "medium": dict(eta=0.3),
-    "medium-expert": dict(eta=0.3),
-    "expert": dict(eta=0.3),
+    "random": dict(rho=0.02),
+    "random-medium": dict(rho=0.02),
+    "medium-replay": dict(rho=0.02),
+    "medium": dict(eta=0.05),
+    "medium-expert": dict(eta=0.05),
+    "expert": dict(eta=0.05),
 }
 SETTINGS = {(scenario, dataset): EVERYWHERE | row for scenario in SCENARIOS for dataset, row in SETTINGS.items()}
 
