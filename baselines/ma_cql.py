@@ -64,7 +64,7 @@ class Args(DataArgs, shared.CQLArgs, shared.CQLNetworkArgs, options.EvaluationAr
 # brings more return.
 SETTINGS = settings_table(
     particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
-    mujoco=dict(updates=10_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)
+    mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)
     | dict(cql_actions=4, cql_policy_actions=3),
     rows={
         "simple_spread": {
@@ -95,7 +95,7 @@ SETTINGS = settings_table(
             "random": dict(cql_alpha=1.0),
             "random-medium": dict(cql_alpha=5.0, batch_norm=False),
             "medium-replay": dict(cql_alpha=5.0, batch_norm=False),
-            "medium": dict(cql_alpha=1.0),
+            "medium": dict(cql_alpha=1.0, batch_norm=False),
             "medium-expert": dict(cql_alpha=5.0, batch_norm=False),
             "expert": dict(cql_alpha=5.0, batch_norm=False),
         },

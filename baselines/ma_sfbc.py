@@ -120,7 +120,7 @@ class Args(shared.DataArgs, TrainingArgs, NetworkArgs, EvaluationArgs, options.R
 # reward_scale gives returns a spread of about 1, as alpha expects.
 SETTINGS = settings_table(
     particles=dict(updates=4_000, gamma=0.95, reward_scale=0.2, batch_size=256, eval_interval=2_000),
-    mujoco=dict(updates=10_000, gamma=0.99, reward_scale=0.05, batch_size=256),
+    mujoco=dict(updates=6_000, gamma=0.99, reward_scale=0.05, batch_size=256),
     rows={scenario: {"random": dict(eval_alpha=100.0)} for scenario in (*SCENARIOS, OWN, "HalfCheetah")},
 )
 

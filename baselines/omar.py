@@ -84,7 +84,7 @@ class Args(DataArgs, TrainingArgs, shared.CQLNetworkArgs, options.EvaluationArgs
 # of the sampler's actions, is off where that brings more return.
 SETTINGS = settings_table(
     particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
-    mujoco=dict(updates=10_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)
+    mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)
     | dict(cql_actions=4, cql_policy_actions=3, omar_iterations=2, omar_samples=20, omar_elites=5),
     rows={
         "simple_spread": {
