@@ -144,6 +144,11 @@ TARGETS = {
     "table2": Target("Table 2: shifted particle environments", ("speed",), ((TABLE, PARTICLE, DATASETS),)),
     "table3": Target("Table 3: HalfCheetah", ("none",), ((TABLE, MUJOCO, DATASETS),)),
     "table4": Target("Table 4: shifted HalfCheetah", ("random", "extreme"), ((TABLE, MUJOCO, DATASETS),)),
+    "statistics": Target(
+        "Tables 1 to 4 in two numbers per algorithm",
+        ("none", "speed", "random", "extreme"),
+        ((TABLE, PARTICLE + MUJOCO, DATASETS),),
+    ),
     "fig2": Target(
         "Figure 2: three agents, six landmarks",
         ("none", "dismiss"),
@@ -236,6 +241,23 @@ def interval(tasks: list[np.ndarray], samples: int = 2000) -> tuple[float, float
     drawn = [x[rng.integers(len(x), size=(samples, len(x)))] for x in tasks]
     low, high = np.percentile(iqm(np.concatenate(drawn, 1)), (2.5, 97.5))
     return float(low), float(high)
+
+
+def improvement(ours: list[np.ndarray], theirs: list[np.ndarray], samples: int = 2000) -> tuple[float, float, float]:
+    """Probability that a seed of `ours` scores higher than one of `theirs`, averaged over tasks, and its 95% interval
+    by stratified bootstrap (Agarwal et al. 2021). Per task it is the Mann-Whitney statistic; a tie counts half."""
+    rng = np.random.default_rng(0)
+
+    def probability(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # [..., seeds], [..., seeds] -> [...]
+        x, y = x[..., :, None], y[..., None, :]
+        return ((x > y) + 0.5 * (x == y)).mean((-2, -1))
+
+    def resampled(x: np.ndarray) -> np.ndarray:
+        return x[rng.integers(len(x), size=(samples, len(x)))]
+
+    estimate = np.mean([probability(x, y) for x, y in zip(ours, theirs, strict=True)])
+    drawn = np.mean([probability(resampled(x), resampled(y)) for x, y in zip(ours, theirs, strict=True)], 0)
+    return float(estimate), *(float(x) for x in np.percentile(drawn, (2.5, 97.5)))
 
 
 class Score(NamedTuple):
@@ -516,14 +538,97 @@ def draw_steps(target: Target, rows: list[Row]) -> Figure:
     return figure
 
 
+GROUPS = {
+    "particle environments, standard": (PARTICLE, ("none",)),
+    "particle environments, shifted": (PARTICLE, ("speed",)),
+    "HalfCheetah, standard": (MUJOCO, ("none",)),
+    "HalfCheetah, R and E": (MUJOCO, ("random", "extreme")),
+}
+
+
+STATISTICS = """A task is one dataset in one environment. The tables show, for every algorithm:
+
+- the interquartile mean of the normalised scores over all tasks and seeds;
+- the probability that a seed of DOM2 scores higher than a seed of this algorithm on the same task, averaged over tasks.
+
+In brackets are 95% intervals by stratified bootstrap (Agarwal et al. 2021).
+"""
+
+
+class Aggregate(NamedTuple):
+    """An algorithm over all tasks of a group: estimates with their intervals, None where no task has been run."""
+
+    group: str
+    variant: Variant
+    tasks: int  # datasets and environments that have been run
+    score: tuple[float, float, float] | None  # interquartile mean of the normalised scores; only if all have been run
+    dom2_better: tuple[float, float, float] | None  # over the tasks that DOM2 has too
+
+
+def aggregates(rows: list[Row]) -> list[Aggregate]:
+    """Interquartile mean of every algorithm, and the probability that DOM2 improves on it."""
+    found, (dom2,) = [], plain("dom2")
+    for name, (scenarios, shifts) in GROUPS.items():
+        group = [row for row in rows if row.scenario in scenarios and row.shift in shifts]
+        for variant in TABLE:
+            scores = [row.here[variant].normalised for row in group if variant in row.here]
+            both = [row.here for row in group if {variant, dom2} <= row.here.keys() and variant != dom2]
+            score = (float(iqm(np.concatenate(scores))), *interval(scores)) if len(scores) == len(group) > 0 else None
+            pairs = [[here[v].normalised for here in both] for v in (dom2, variant)]
+            found.append(Aggregate(name, variant, len(scores), score, improvement(*pairs) if both else None))
+    return found
+
+
+def statistics_table(target: Target, rows: list[Row]) -> str:
+    """A table for each group of environments."""
+
+    def show(x: tuple[float, float, float] | None, digits: int) -> str:
+        return "-" if x is None else "{0:.{3}f} [{1:.{3}f}, {2:.{3}f}]".format(*x, digits)
+
+    text = f"# {target.title}\n\n{STATISTICS}"
+    head = ["algorithm", "tasks run", "interquartile mean", "probability that DOM2 is better"]
+    for name in GROUPS:
+        lines = [
+            [x.variant.label, str(x.tasks), show(x.score, 1), show(x.dom2_better, 2)]
+            for x in aggregates(rows)
+            if x.group == name and x.tasks
+        ]
+        text += f"\n## {name}\n\n{markdown_table([head, *lines])}"
+    return text
+
+
+def draw_statistics(target: Target, rows: list[Row]) -> Figure:
+    """Both numbers with their intervals: a column of panels per group of environments."""
+    figure = Figure(figsize=(4 * len(GROUPS), 6), layout="constrained")
+    panels = figure.subplots(2, len(GROUPS), sharey=True)
+    labels = [variant.label for variant in TABLE][::-1]
+    for x in aggregates(rows):
+        column = list(GROUPS).index(x.group)
+        for ax, value in zip(panels[:, column], (x.score, x.dom2_better), strict=True):
+            if value is not None:
+                estimate, low, high = value
+                y, colour = labels.index(x.variant.label), COLOURS[x.variant.label]
+                ax.plot((low, high), (y, y), color=colour, lw=6, alpha=0.4, solid_capstyle="butt")
+                ax.plot(estimate, y, "o", color=colour)
+        panels[0, column].set(title=x.group, xlabel="interquartile mean of the normalised scores")
+        panels[1, column].set(xlabel="probability that DOM2 is better", xlim=(-0.03, 1.03))
+        panels[1, column].axvline(0.5, color="0.6", lw=0.8, zorder=0)
+    for ax in panels[:, 0]:
+        ax.set_yticks(range(len(labels)), labels)
+    return figure
+
+
+DRAW = {"fig2": draw_fig2, "fig5": draw_fig5, "steps": draw_steps, "statistics": draw_statistics}
+
+
 def write_report(name: str, results_dir: Path) -> str:
     """Write `<results_dir>/report/<name>.{md,csv,png,pdf}` and return the Markdown; no figure without any cell."""
     rows, path = read_rows(TARGETS[name], results_dir), results_dir / "report" / name
-    text = markdown(TARGETS[name], rows)
+    text = (statistics_table if name == "statistics" else markdown)(TARGETS[name], rows)
     write(path.with_suffix(".md"), text)
     write(path.with_suffix(".csv"), csv_table(rows))
     if any(row.here for row in rows):
-        figure = {"fig2": draw_fig2, "fig5": draw_fig5, "steps": draw_steps}.get(name, draw_bars)(TARGETS[name], rows)
+        figure = DRAW.get(name, draw_bars)(TARGETS[name], rows)
         figure.savefig(path.with_suffix(".png"), dpi=100)
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return text
@@ -546,7 +651,8 @@ def write_overview(path: Path, results_dir: Path) -> None:
     text = OVERVIEW
     for name, target in TARGETS.items():
         rows, report = read_rows(target, results_dir), f"../{results_dir.name}/report/{name}"
-        text += f"\n## {target.title}\n\n{summary(target, rows)}\n[Table]({report}.md), [CSV]({report}.csv).\n"
+        said = STATISTICS if name == "statistics" else f"{summary(target, rows)}\n"
+        text += f"\n## {target.title}\n\n{said}[Table]({report}.md), [CSV]({report}.csv).\n"
         if any(row.here for row in rows):
             text += f"\n![{target.title}]({report}.png)\n"
     write(path, text)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, trim_mean
+from scipy.stats import binom, mannwhitneyu, trim_mean
 
 import common
 from common import DATASETS, ROOT
@@ -510,6 +510,23 @@ def test_interquartile_mean_is_that_of_scipy(size):
     np.testing.assert_allclose(report.iqm(x), trim_mean(x, 0.25, axis=-1), rtol=1e-12)
 
 
+def test_probability_of_improvement():
+    """The Mann-Whitney statistic per task, averaged; its interval contains it."""
+    rng = np.random.default_rng(0)
+    ours, theirs = [rng.normal(1, 1, n) for n in (3, 5)], [rng.normal(0, 1, n) for n in (4, 2)]
+    ours[0][:2] = theirs[0][1]  # ties
+    expected = np.mean([mannwhitneyu(x, y).statistic / (len(x) * len(y)) for x, y in zip(ours, theirs, strict=True)])
+    estimate, low, high = report.improvement(ours, theirs)
+    assert estimate == pytest.approx(expected, rel=1e-12) and 0 <= low < estimate < high <= 1
+    back = report.improvement(theirs, ours)
+    np.testing.assert_allclose(back[0], 1 - estimate)
+    np.testing.assert_allclose(back[1:], (1 - high, 1 - low), atol=0.03)
+    assert report.improvement([np.array([2.0, 3.0])], [np.array([1.0])]) == (1.0, 1.0, 1.0)
+    # two seeds each, one of ours above both of theirs and one below: a resample has 0, 1 or 2 of the high one
+    _, low, high = report.improvement([np.array([0.0, 3.0])], [np.array([1.0, 2.0])], 100_000)
+    assert (low, high) == (0.0, 1.0)
+
+
 def exact_interval(tasks):
     """All resamples of each task's seeds, combined."""
     resamples = itertools.product(*(itertools.product(x, repeat=len(x)) for x in tasks))
@@ -561,7 +578,9 @@ def test_tables_of_known_results(tmp_path):
     lines = [[word.strip() for word in line.strip("|").split("|")] for line in text.splitlines()]
     head = ["return", "BC", "MA-CQL", "OMAR", "MA-SfBC", "DOM2", "data mean (max)", "best here", "best in the paper"]
     assert lines.count(head) == 1 and lines.count([word for word in head if word != "BC"]) == 2
-    assert text.count("Not run on any of these datasets: BC, MA-BC, MA-TD3+BC, MA-Diffusion-QL, MADiff.") == 2  # the others have the paper's numbers
+    assert (
+        text.count("Not run on any of these datasets: BC, MA-BC, MA-TD3+BC, MA-Diffusion-QL, MADiff.") == 2
+    )  # the others have the paper's numbers
     paper = ["- / 1.0 ± 7.6", "- / 14.3 ± 9.5", "- / 3.5 ± 2.5"]
     random = ["random", "**3.0 ± 2.2**", *paper, "2.7 ± 0.5 / 208.7 ± 57.3", "7.2 (99)", "BC", "DOM2"]
     assert random in lines
