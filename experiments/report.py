@@ -618,13 +618,14 @@ def draw_statistics(target: Target, rows: list[Row]) -> Figure:
     return figure
 
 
+TEXT = {"statistics": statistics_table}
 DRAW = {"fig2": draw_fig2, "fig5": draw_fig5, "steps": draw_steps, "statistics": draw_statistics}
 
 
 def write_report(name: str, results_dir: Path) -> str:
     """Write `<results_dir>/report/<name>.{md,csv,png,pdf}` and return the Markdown; no figure without any cell."""
     rows, path = read_rows(TARGETS[name], results_dir), results_dir / "report" / name
-    text = (statistics_table if name == "statistics" else markdown)(TARGETS[name], rows)
+    text = TEXT.get(name, markdown)(TARGETS[name], rows)
     write(path.with_suffix(".md"), text)
     write(path.with_suffix(".csv"), csv_table(rows))
     if any(row.here for row in rows):
