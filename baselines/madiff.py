@@ -93,6 +93,8 @@ class EvaluationArgs(options.EvaluationArgs):
     """return that the acting policy asks for, as a rank among the dataset's"""
     guidance: options.Weight = 1.2
     """weight of the return in plans; 0: none, 1: no more than learned"""
+    temperature: options.Weight = 1.0
+    """standard deviation of the noise from which plans start"""
 
 
 @dataclass
@@ -256,7 +258,7 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
     own = torch.eye(n, device=obs.device).repeat(L // n, 1).repeat_interleave(E, 1)  # [L, n E]: 1 in its own E plans
     known = F.pad(own[..., None, None], (0, 0, 0, args.horizon - 1))
     noise = torch.randn(L, n * E, args.horizon, d, generator=generator, device=obs.device)
-    plans = plan(learners["target_denoiser"], first.repeat(1, n, 1), known, noise, args)
+    plans = plan(learners["target_denoiser"], first.repeat(1, n, 1), known, args.temperature * noise, args)
     second = plans[:, :, 1][own > 0].view(L, E, d)
     return learners["target_inverse"](torch.cat([first, second], -1))
 

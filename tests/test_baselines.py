@@ -564,8 +564,12 @@ def test_madiff_acts_on_its_own_observation_alone():
     def act():
         return madiff.act(learners, obs, args, torch.Generator().manual_seed(1))
 
+    args.temperature = 0.0  # one plan for an observation, whatever the noise
+    assert torch.equal(act(), madiff.act(learners, obs, args, torch.Generator().manual_seed(2)))
+    args.temperature = 1.0
     before = act()
     assert before.shape == (6, B, A)
+    assert not torch.equal(before, madiff.act(learners, obs, args, torch.Generator().manual_seed(2)))
     obs[1, 2] += 1
     changed = ((act() - before).abs() > 1e-6).any(-1)
     assert changed.nonzero().tolist() == [[1, 2]]

@@ -667,7 +667,8 @@ def test_the_committed_report_is_that_of_the_committed_results():
     for name, target in TARGETS.items():
         rows, path = report.read_rows(target, ROOT / "results"), ROOT / "results" / "report" / name
         message = "results have changed: run `python experiments/reproduce.py report` and commit results/report"
-        assert report.TEXT.get(name, report.markdown)(target, rows) == path.with_suffix(".md").read_text(encoding="utf-8"), message
+        text = report.TEXT.get(name, report.markdown)(target, rows)
+        assert text == path.with_suffix(".md").read_text(encoding="utf-8"), message
         assert report.csv_table(rows) == path.with_suffix(".csv").read_text(), message
         assert path.with_suffix(".png").exists() == path.with_suffix(".pdf").exists() == any(row.here for row in rows)
 
