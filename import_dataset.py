@@ -27,10 +27,10 @@ import torch
 import tyro
 
 import common
-from particle_env import SCENARIOS
+import mamujoco_env
 from utils.arrays import episode_lengths
 from utils.episodes import NewDataset
-from utils.options import DatasetName, Natural, Options
+from utils.options import DatasetName, Name, Natural, Options
 from utils.program import UserError, program
 
 
@@ -56,7 +56,7 @@ class Args(Options):
     """which rows of a Vault's first axis to take, one after the other"""
     from_state: bool = False
     """make a robot's observations from the whole state that a Vault stores (infos.state), not from its observations"""
-    data_dir: str = "my_data"
+    data_dir: Name = "my_data"
     """folder of the datasets"""
     seed: Natural = 0
     """version: the arrays go to seed_<seed>_data"""
@@ -171,8 +171,9 @@ def import_dataset(args: Args) -> dict:
     for option, value in (("--rows", args.rows), ("--from-state", args.from_state)):
         if value and args.source != "vault":
             raise UserError(f"{option}: belongs to --source vault; leave it out")
-    if args.scenario in SCENARIOS and (args.agent_conf or args.agent_obsk or args.global_categories):
-        raise UserError(f"--agent-conf, --agent-obsk, --global-categories: {args.scenario} is no robot; leave them out")
+    if args.scenario not in mamujoco_env.SCENARIOS and (args.agent_conf or args.agent_obsk or args.global_categories):
+        options = "--agent-conf, --agent-obsk, --global-categories"
+        raise UserError(f"{options}: {args.scenario} is no robot's name alone; leave them out")
     task = common.task_name(args)
     new = NewDataset(task, args.dataset, args.data_dir, args.seed, args.agents, args.overwrite)
     read, package, remedy = FORMATS[args.source]

@@ -670,18 +670,14 @@ def test_damaged_files(source, damage, tmp_path, monkeypatch):
 def test_options_that_do_not_belong(tmp_path):
     refused("--rows: belongs to --source vault", import_to, tmp_path, "hdf5", "x", "simple_tag", rows=(0,))
     refused("--from-state: belongs to", import_to, tmp_path, "minari", "x", "simple_tag", from_state=True)
-    refused(
-        "--agent-obsk, --global-categories: simple_tag is no robot",
-        import_to,
-        tmp_path,
-        "hdf5",
-        "x",
-        "simple_tag",
-        agent_obsk=1,
-    )
+    for scenario in ("simple_tag", "my_envs:spread5", HOPPER_TASK):  # the last one says its partition itself
+        match = f"--agent-obsk, --global-categories: {scenario} is no robot"
+        refused(match, import_to, tmp_path, "hdf5", "x", scenario, agent_obsk=1)
     refused("--source csv: unknown", import_to, tmp_path, "csv", "x", "simple_tag")
     refused("--seed -1", import_to, tmp_path, "hdf5", "x", "simple_tag", seed=-1)
     refused("--scenario nowhere: unknown", import_to, tmp_path, "hdf5", "x", "nowhere")
+    for folder in ("", "~/data"):
+        refused("--data-dir .*: must be a name", Args, "hdf5", "x", "simple_tag", "random", data_dir=folder)
 
 
 def test_existing_data_are_replaced_only_if_asked(hopper, tmp_path):
