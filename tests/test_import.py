@@ -229,6 +229,7 @@ def test_a_timeout_ends_an_episode_and_is_no_terminal_state(lost, tmp_path):
     else:
         data = load(tmp_path, "simple_spread")
         assert data.lengths.tolist() == [9, 9, 9] and not data.done.any()
+        assert {np.load(file).shape for file in tmp_path.rglob("timeouts_*.npy")} == {(27,)}  # as docs/datasets.md says
 
 
 def record_some(data_dir, longest=10**9, **options):
