@@ -64,18 +64,18 @@ class Args(Options):
     """replace the version if it exists"""
 
 
-def read_minari(args: Args, new: NewDataset) -> None:
+def read_minari(args: Args, data: NewDataset) -> None:
     """Add the episodes of a Minari dataset, which stores T + 1 observations of T transitions."""
     import minari
 
     places = (Path(args.path), Path(args.path) / "data")
     folders = [folder for folder in places if (folder / "metadata.json").exists()]
     for found in minari.MinariDataset(folders[0]) if folders else minari.load_dataset(args.path):
-        arrays = [new.arrays(getattr(found, what), what) for what in ("observations", "actions", "rewards")]
-        new.add(found.terminations[-1], *arrays)
+        arrays = [data.arrays(getattr(found, what), what) for what in ("observations", "actions", "rewards")]
+        data.add(found.terminations[-1], *arrays)
 
 
-def read_hdf5(args: Args, new: NewDataset) -> None:
+def read_hdf5(args: Args, data: NewDataset) -> None:
     """Add the episodes of an HDF5 file with D4RL's names; an agent's are in groups `name/agent` or `agent/name`."""
     import h5py
 
@@ -89,28 +89,28 @@ def read_hdf5(args: Args, new: NewDataset) -> None:
         if "episode_0" in file:
             raise UserError("a Minari dataset's file; pass its folder with --source minari")
         names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-        from_columns({name: x for name in names if (x := column(name)) is not None}, new)
+        from_columns({name: x for name in names if (x := column(name)) is not None}, data)
 
 
-def from_columns(columns: dict, new: NewDataset) -> None:
+def from_columns(columns: dict, data: NewDataset) -> None:
     """Add the episodes that lie one after the other in long arrays, {D4RL's name: what `arrays` or `flags` takes}."""
     missing = [name for name in ("observations", "actions", "rewards", "terminals") if name not in columns]
     if missing:
         raise UserError(f"holds no {', '.join(missing)}")
-    arrays = [new.arrays(columns[name], name) for name in ("observations", "actions", "rewards")]
+    arrays = [data.arrays(columns[name], name) for name in ("observations", "actions", "rewards")]
     if "next_observations" in columns:
-        arrays.append(new.arrays(columns["next_observations"], "observations"))
-    flags = [new.flags(columns[name], name) for name in ("terminals", "timeouts") if name in columns]
+        arrays.append(data.arrays(columns["next_observations"], "observations"))
+    flags = [data.flags(columns[name], name) for name in ("terminals", "timeouts") if name in columns]
     longest = len(flags[0]) + 1  # timeouts alone end an episode
     if "timeouts" not in columns:
-        longest = new.env.episode_steps
-        new.notes[f"no timeouts: an episode ends at a terminal or after {longest} steps"] = None
+        longest = data.env.episode_steps
+        data.notes[f"no timeouts: an episode ends at a terminal or after {longest} steps"] = None
     rows = {x.shape[1] for x in arrays} | {len(x) for x in flags}
     if len(rows) > 1:
         raise UserError(f"observations, actions, rewards and flags have {sorted(rows)} rows")
     lengths = episode_lengths(torch.from_numpy(np.any(flags, 0)), longest)
     for end, length in zip(lengths.cumsum(0).tolist(), lengths.tolist(), strict=True):
-        new.add(flags[0][end - 1], *(x[:, end - length : end] for x in arrays))
+        data.add(flags[0][end - 1], *(x[:, end - length : end] for x in arrays))
 
 
 def vault_arrays(path: Path) -> dict:
@@ -132,7 +132,7 @@ def vault_arrays(path: Path) -> dict:
     return {name[:-1].removeprefix("infos."): read(name)[:, :T] for name in names if name.endswith(".")}
 
 
-def read_vault(args: Args, new: NewDataset) -> None:
+def read_vault(args: Args, data: NewDataset) -> None:
     """Add the episodes of a Vault: those of each row of its first axis, one after the other, no next observations."""
     names = {"actions": "actions", "rewards": "rewards", "terminals": "terminals", "truncations": "timeouts"}
     names["state" if args.from_state else "observations"] = "observations"  # {name in the Vault: D4RL's}
@@ -152,7 +152,7 @@ def read_vault(args: Args, new: NewDataset) -> None:
             name, _, agent = key.partition(".")
             values = np.asarray(x[row])
             columns[names[name]] = {**columns.get(names[name], {}), agent: values} if agent else values
-        from_columns(columns, new)
+        from_columns(columns, data)
 
 
 FORMATS = {  # --source: its reader, the package that it needs, and what to do where --path is not readable
@@ -175,10 +175,10 @@ def import_dataset(args: Args) -> dict:
         options = "--agent-conf, --agent-obsk, --global-categories"
         raise UserError(f"{options}: {args.scenario} is no robot's name alone; leave them out")
     task = common.task_name(args)
-    new = NewDataset(task, args.dataset, args.data_dir, args.seed, args.agents, args.overwrite)
+    data = NewDataset(task, args.dataset, args.data_dir, args.seed, args.agents, args.overwrite)
     read, package, remedy = FORMATS[args.source]
     try:
-        read(args, new)
+        read(args, data)
     except ImportError:
         raise UserError(f"{package.partition('[')[0]} is not installed; run `pip install '{package}'`") from None
     except UserError as error:
@@ -186,7 +186,7 @@ def import_dataset(args: Args) -> dict:
     except Exception as error:  # the libraries raise whatever a damaged file makes of them
         said = " ".join(str(error).split())  # some have several lines
         raise UserError(f"{args.path}: not readable ({type(error).__name__}: {said}); {remedy}") from None
-    return new.write({name: getattr(args, name) for name in ("source", "path", "agents", "rows", "from_state")})
+    return data.write({name: getattr(args, name) for name in ("source", "path", "agents", "rows", "from_state")})
 
 
 def main() -> None:

@@ -50,9 +50,9 @@ class Recorder(BaseParallelWrapper):
         self, env, scenario: str, dataset: str, data_dir="my_data", seed=0, agents=(), overwrite=False, store=None
     ):
         super().__init__(env)
-        self.new, self.store = NewDataset(scenario, dataset, data_dir, seed, agents, overwrite), store
-        self.recorded = self.new.chosen(list(env.possible_agents))
-        team = self.new.env
+        self.data, self.store = NewDataset(scenario, dataset, data_dir, seed, agents, overwrite), store
+        self.recorded = self.data.chosen(list(env.possible_agents))
+        team = self.data.env
         for name, size, entries in zip(self.recorded, team.obs_sizes, team.action_sizes, strict=True):
             space, action_space = env.observation_space(name), env.action_space(name)
             if space.shape != (size,):
@@ -118,22 +118,22 @@ class Recorder(BaseParallelWrapper):
                 raise UserError(f"action of {name}: {action.tolist()} is not in its {space}; clip it")
         if self.store is not None:
             return np.array(self.store(actions[name]), np.float32)
-        return to_unit(space, action) if is_own(self.new.task) else np.array(action, np.float32)
+        return to_unit(space, action) if is_own(self.data.task) else np.array(action, np.float32)
 
     def _end(self, terminated: bool) -> None:
         """Keep the episode that was running, if it has a transition."""
         if self._steps.get("actions"):
             arrays = [
-                self.new.arrays({name: np.stack([step[name] for step in steps]) for name in self.recorded}, what)
+                self.data.arrays({name: np.stack([step[name] for step in steps]) for name in self.recorded}, what)
                 for what, steps in self._steps.items()
             ]
-            self.new.add(terminated, *arrays)
+            self.data.add(terminated, *arrays)
         self._steps = {}
 
     def save(self) -> dict:
         """Write what was recorded so far, in place of an earlier `save`, and print what it is. Returns the metadata."""
         self._end(terminated=False)
-        return self.new.write({"environment": str(self.env), "agents": self.recorded})
+        return self.data.write({"environment": str(self.env), "agents": self.recorded})
 
 
 def record(env, policy: Callable, num_transitions: int, scenario: str, dataset: str, seed: int = 0, **options) -> dict:
@@ -146,7 +146,7 @@ def record(env, policy: Callable, num_transitions: int, scenario: str, dataset: 
     if num_transitions < 1:
         raise UserError(f"num_transitions {num_transitions}: must be at least 1")
     recorder = Recorder(env, scenario, dataset, seed=seed, **options)
-    episodes, steps = recorder.new.episodes, 0
+    episodes, steps = recorder.data.episodes, 0
     while steps < num_transitions or len(episodes) < 2:
         kept = len(episodes)
         observations, _ = recorder.reset(seed=None if kept else seed)

@@ -85,7 +85,7 @@ class NewDataset:
         return [(agent, np.asarray(values[name])) for agent, name in zip(self.env.agents, chosen, strict=True)]
 
     def split(self, values: np.ndarray, what: str) -> list[tuple[str, np.ndarray]]:
-        """The same of a whole robot's observations or actions [T, width], by the library's partition."""
+        """What `columns` returns, of a whole robot's observations or actions [T, width], by the library's partition."""
         if self.env.state is None:
             raise UserError(f"{what}: have shape {values.shape}; {self.task} needs those of each agent")
         obs, robot = what == "observations", self.env.envs[0]
@@ -219,19 +219,19 @@ def blocks(episodes: list[Episode]):
         yield block, torch.tensor([e.steps for e in part])
 
 
-def describe(new: NewDataset, episodes: list[Episode]) -> str:
-    """What was found in `episodes`, those of `new` that have a transition, and what was done to them; several lines."""
-    limit, lengths = new.env.episode_steps, np.array([e.steps + (e.last == "unknown") for e in episodes])
+def describe(data: NewDataset, episodes: list[Episode]) -> str:
+    """What was found in `episodes`, those of `data` that are written, and what was done to them; several lines."""
+    limit, lengths = data.env.episode_steps, np.array([e.steps + (e.last == "unknown") for e in episodes])
     terminal, at_limit = sum(e.terminated for e in episodes), int((lengths == limit).sum())
     r = np.array([e.team_return for e in episodes])
-    ranges, notes = [], list(new.notes)
-    for i, agent in enumerate(new.env.agents):
-        actions = np.concatenate([e.arrays["acs"][i, :, : new.env.action_sizes[i]] for e in episodes])
+    ranges, notes = [], list(data.notes)
+    for i, agent in enumerate(data.env.agents):
+        actions = np.concatenate([e.arrays["acs"][i, :, : data.env.action_sizes[i]] for e in episodes])
         ranges.append(f"{agent} {actions.min():.2f} to {actions.max():.2f}")
-    if new.clipped[0]:
-        share, bound = new.clipped[0] / new.clipped[1], CLIPPED[new.task.partition("-")[0]]
+    if data.clipped[0]:
+        share, bound = data.clipped[0] / data.clipped[1], CLIPPED[data.task.partition("-")[0]]
         notes.append(f"{share:.2%} of the whole robot's observations are clipped at {bound}")
-    if empty := len(new.episodes) - len(episodes):
+    if empty := len(data.episodes) - len(episodes):
         notes.append(f"{empty:,} episodes without a whole transition are left out")
     if unknown := sum(e.last == "unknown" for e in episodes):
         kept = np.mean([e.arrays["rews"].sum((1, 2)).mean() for e in episodes])
