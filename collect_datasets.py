@@ -261,7 +261,7 @@ def write_arrays(folder: Path, blocks, num_transitions: int, bar: tqdm) -> dict:
     for name, array in arrays.items():
         for agent, values in enumerate(array[:, :done]):
             file = folder / f"{name}_{agent}.npy"
-            np.save(file, values[:, 0] if name in ("rews", "dones") else values)
+            np.save(file, values[:, 0] if name in ("rews", "dones", "timeouts") else values)
             checksums[file.name] = file_checksum(file)
     returns = torch.cat(returns)
     return {

@@ -18,20 +18,19 @@ of its own, which the error message names where it is missing.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 
 import common
-from particle_env import SCENARIOS
-from utils.episodes import Episode, Team, dataset_folder, write_dataset
-from utils.options import DatasetName, Natural, Options
+import mamujoco_env
+from utils.arrays import episode_lengths
+from utils.episodes import NewDataset
+from utils.options import DatasetName, Name, Natural, Options
 from utils.program import UserError, program
 
 
@@ -57,7 +56,7 @@ class Args(Options):
     """which rows of a Vault's first axis to take, one after the other"""
     from_state: bool = False
     """make a robot's observations from the whole state that a Vault stores (infos.state), not from its observations"""
-    data_dir: str = "my_data"
+    data_dir: Name = "my_data"
     """folder of the datasets"""
     seed: Natural = 0
     """version: the arrays go to seed_<seed>_data"""
@@ -65,82 +64,62 @@ class Args(Options):
     """replace the version if it exists"""
 
 
-def library(name: str, package: str):
-    """A library that only one format needs. Raises UserError with the command that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{name} is not installed; run `pip install '{package}'`") from None
+def read_minari(args: Args, data: NewDataset) -> None:
+    """Add the episodes of a Minari dataset, which stores T + 1 observations of T transitions."""
+    import minari
+
+    places = (Path(args.path), Path(args.path) / "data")
+    folders = [folder for folder in places if (folder / "metadata.json").exists()]
+    for found in minari.MinariDataset(folders[0]) if folders else minari.load_dataset(args.path):
+        arrays = [data.arrays(getattr(found, what), what) for what in ("observations", "actions", "rewards")]
+        data.add(found.terminations[-1], *arrays)
 
 
-@contextmanager
-def readable(path: str, remedy: str):
-    """Within the context an error of a format's library becomes a UserError that names `path`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # the libraries raise whatever a damaged file makes of them
-        said = " ".join(str(error).split())  # some have several lines
-        raise UserError(f"{path}: not readable ({type(error).__name__}: {said}); {remedy}") from None
+def read_hdf5(args: Args, data: NewDataset) -> None:
+    """Add the episodes of an HDF5 file with D4RL's names; an agent's are in groups `name/agent` or `agent/name`."""
+    import h5py
 
+    def column(name: str):
+        if name in file:
+            item = file[name]
+            return {agent: item[agent][()] for agent in item} if hasattr(item, "keys") else item[()]
+        return {a: group[name][()] for a, group in file.items() if hasattr(group, "keys") and name in group} or None
 
-def read_minari(args: Args, team: Team) -> Iterator[Episode]:
-    """Episodes of a Minari dataset, which stores T + 1 observations of T transitions."""
-    minari = library("minari", "minari[hdf5]")
-    with readable(args.path, "give the folder of its metadata.json, or the id of a dataset that Minari has downloaded"):
-        places = (Path(args.path), Path(args.path) / "data")
-        folders = [folder for folder in places if (folder / "metadata.json").exists()]
-        for found in minari.MinariDataset(folders[0]) if folders else minari.load_dataset(args.path):
-            obs, actions = team.arrays(found.observations, "observations"), team.arrays(found.actions, "actions")
-            yield team.episode(obs, actions, team.rewards(found.rewards), found.terminations[-1])
-
-
-def hdf5_column(file, name: str):
-    """An array of an HDF5 file, or {agent: array} from the groups `name/agent` or `agent/name`; None: there is none."""
-    if name in file:
-        item = file[name]
-        return {agent: item[agent][()] for agent in item} if hasattr(item, "keys") else item[()]
-    groups = {agent: group for agent, group in file.items() if hasattr(group, "keys")}
-    return {agent: group[name][()] for agent, group in groups.items() if name in group} or None
-
-
-def read_hdf5(args: Args, team: Team) -> Iterator[Episode]:
-    """Episodes of an HDF5 file with D4RL's names, one after the other in long arrays."""
-    h5py = library("h5py", "h5py")
-    with readable(args.path, "give an HDF5 file with D4RL's names"), h5py.File(args.path) as file:
+    with h5py.File(args.path) as file:
         if "episode_0" in file:
             raise UserError("a Minari dataset's file; pass its folder with --source minari")
         names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-        columns = {name: hdf5_column(file, name) for name in names}
-        yield from from_columns(columns, team)
+        from_columns({name: x for name in names if (x := column(name)) is not None}, data)
 
 
-def from_columns(columns: dict, team: Team) -> Iterator[Episode]:
-    """Episodes of long arrays under D4RL's names; None where there is no such array."""
-    missing = [name for name in ("observations", "actions", "rewards", "terminals") if columns.get(name) is None]
+def from_columns(columns: dict, data: NewDataset) -> None:
+    """Add the episodes that lie one after the other in long arrays, {D4RL's name: what `arrays` or `flags` takes}."""
+    missing = [name for name in ("observations", "actions", "rewards", "terminals") if name not in columns]
     if missing:
         raise UserError(f"holds no {', '.join(missing)}")
-    obs, actions = (team.arrays(columns[name], name) for name in ("observations", "actions"))
-    following, timeouts = columns.get("next_observations"), columns.get("timeouts")
-    if timeouts is None:
-        team.notes[f"no timeouts: an episode ends at a terminal or after {team.env.episode_steps} steps"] = None
-    yield from team.cut(
-        obs,
-        actions,
-        team.rewards(columns["rewards"]),
-        team.flags(columns["terminals"], "terminals"),
-        None if timeouts is None else team.flags(timeouts, "timeouts"),
-        None if following is None else team.arrays(following, "observations"),
-    )
+    arrays = [data.arrays(columns[name], name) for name in ("observations", "actions", "rewards")]
+    if "next_observations" in columns:
+        arrays.append(data.arrays(columns["next_observations"], "observations"))
+    flags = [data.flags(columns[name], name) for name in ("terminals", "timeouts") if name in columns]
+    longest = len(flags[0]) + 1  # timeouts alone end an episode
+    if "timeouts" not in columns:
+        longest = data.env.episode_steps
+        data.notes[f"no timeouts: an episode ends at a terminal or after {longest} steps"] = None
+    rows = {x.shape[1] for x in arrays} | {len(x) for x in flags}
+    if len(rows) > 1:
+        raise UserError(f"observations, actions, rewards and flags have {sorted(rows)} rows")
+    lengths = episode_lengths(torch.from_numpy(np.any(flags, 0)), longest)
+    for end, length in zip(lengths.cumsum(0).tolist(), lengths.tolist(), strict=True):
+        data.add(flags[0][end - 1], *(x[:, end - length : end] for x in arrays))
 
 
-def vault_columns(path: Path) -> dict:
-    """The arrays of a Vault, still on disk: {name: array [rows, T, ...] or {agent: array}}, infos.state as "state"."""
+def vault_arrays(path: Path) -> dict:
+    """Arrays [rows, T, ...] of a Vault, still on disk: "observations", or "observations.agent_0"; without "infos."."""
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as file:
             return {name.removeprefix("infos."): x for name, x in file.items()}
-    ts = library("tensorstore", "tensorstore")
+    import tensorstore as ts
+
     if not (path / "metadata.json").exists():
         raise FileNotFoundError("there is no metadata.json in it")
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.resolve()}/"}}
@@ -148,46 +127,39 @@ def vault_columns(path: Path) -> dict:
     def read(name: str):
         return ts.open({"driver": "zarr", "kvstore": {**base, "path": name}}, read=True).result()
 
-    T, columns = int(read("vault_index")[0].read().result()), {}
-    for key in ts.KvStore.open(base).result().list().result():
-        name = key.decode().removesuffix("/.zarray")
-        if name.endswith("."):  # "observations.", "infos.state." or "observations.agent_0."
-            field, *agent = name.removesuffix(".").removeprefix("infos.").split(".")
-            array = read(name)[:, :T]
-            columns[field] = {**columns.get(field, {}), agent[0]: array} if agent else array
-    return columns
+    T = int(read("vault_index")[0].read().result())
+    names = (key.decode().removesuffix("/.zarray") for key in ts.KvStore.open(base).result().list().result())
+    return {name[:-1].removeprefix("infos."): read(name)[:, :T] for name in names if name.endswith(".")}
 
 
-def read_vault(args: Args, team: Team) -> Iterator[Episode]:
-    """Episodes of a Vault: each row of its first axis holds episodes one after the other, without next observations."""
-    with readable(args.path, "give the Vault's innermost folder, such as simple_spread.vlt/Medium, or an .npz file"):
-        columns = vault_columns(Path(args.path))
-        columns["timeouts"] = columns.pop("truncations", None)
-        if args.from_state:
-            if "state" not in columns:
-                raise UserError("--from-state: it holds no infos.state; leave the option out")
-            columns["observations"] = columns["state"]
-        needed = {name: columns.get(name) for name in ("observations", "actions", "rewards", "terminals", "timeouts")}
-        needed = {name: x for name, x in needed.items() if x is not None}
-        if "actions" not in needed:
-            raise UserError("holds no actions")
-        first = needed["actions"]
-        total = (next(iter(first.values())) if isinstance(first, dict) else first).shape[0]
-        rows = args.rows or ((0,) if total == 1 else ())
-        if not rows or not {*rows} <= {*range(total)}:
-            raise UserError(
-                f"has {total} rows (OMAR's Vaults have the five published versions in them); choose some with --rows "
-                f"from 0 to {total - 1}"
-            )
-
-        def row_of(x, row: int):
-            return {agent: row_of(y, row) for agent, y in x.items()} if isinstance(x, dict) else np.asarray(x[row])
-
-        for row in rows:
-            yield from from_columns({name: row_of(x, row) for name, x in needed.items()}, team)
+def read_vault(args: Args, data: NewDataset) -> None:
+    """Add the episodes of a Vault: those of each row of its first axis, one after the other, no next observations."""
+    names = {"actions": "actions", "rewards": "rewards", "terminals": "terminals", "truncations": "timeouts"}
+    names["state" if args.from_state else "observations"] = "observations"  # {name in the Vault: D4RL's}
+    arrays = {key: x for key, x in vault_arrays(Path(args.path)).items() if key.partition(".")[0] in names}
+    if args.from_state and "state" not in arrays:
+        raise UserError("--from-state: it holds no infos.state; leave the option out")
+    total = min((x.shape[0] for x in arrays.values()), default=1)
+    rows = args.rows or ((0,) if total == 1 else ())
+    if not rows or not {*rows} <= {*range(total)}:
+        raise UserError(
+            f"has {total} rows (OMAR's Vaults have the five published versions in them); choose some with --rows from "
+            f"0 to {total - 1}"
+        )
+    for row in rows:
+        columns = {}
+        for key, x in arrays.items():
+            name, _, agent = key.partition(".")
+            values = np.asarray(x[row])
+            columns[names[name]] = {**columns.get(names[name], {}), agent: values} if agent else values
+        from_columns(columns, data)
 
 
-READERS = {"minari": read_minari, "hdf5": read_hdf5, "vault": read_vault}
+FORMATS = {  # --source: its reader, the package that it needs, and what to do where --path is not readable
+    "minari": (read_minari, "minari[hdf5]", "give the folder of its metadata.json, or the id of a downloaded dataset"),
+    "hdf5": (read_hdf5, "h5py", "give an HDF5 file with D4RL's names"),
+    "vault": (read_vault, "tensorstore", "give the innermost folder, as simple_spread.vlt/Medium, or an .npz file"),
+}
 
 
 def import_dataset(args: Args) -> dict:
@@ -199,13 +171,22 @@ def import_dataset(args: Args) -> dict:
     for option, value in (("--rows", args.rows), ("--from-state", args.from_state)):
         if value and args.source != "vault":
             raise UserError(f"{option}: belongs to --source vault; leave it out")
-    if args.scenario in SCENARIOS and (args.agent_conf or args.agent_obsk or args.global_categories):
-        raise UserError(f"--agent-conf, --agent-obsk, --global-categories: {args.scenario} is no robot; leave them out")
-    team = Team(common.task_name(args), args.agents)
-    path = dataset_folder(args.data_dir, team.task, args.dataset, args.seed, args.overwrite)
-    episodes = list(READERS[args.source](args, team))
-    source = {name: getattr(args, name) for name in ("source", "path", "agents", "rows", "from_state")}
-    return write_dataset(episodes, team, args.dataset, path, args.overwrite, source)
+    if args.scenario not in mamujoco_env.SCENARIOS and (args.agent_conf or args.agent_obsk or args.global_categories):
+        options = "--agent-conf, --agent-obsk, --global-categories"
+        raise UserError(f"{options}: {args.scenario} is no robot's name alone; leave them out")
+    task = common.task_name(args)
+    data = NewDataset(task, args.dataset, args.data_dir, args.seed, args.agents, args.overwrite)
+    read, package, remedy = FORMATS[args.source]
+    try:
+        read(args, data)
+    except ImportError:
+        raise UserError(f"{package.partition('[')[0]} is not installed; run `pip install '{package}'`") from None
+    except UserError as error:
+        raise UserError(f"{args.path}: {error}") from None
+    except Exception as error:  # the libraries raise whatever a damaged file makes of them
+        said = " ".join(str(error).split())  # some have several lines
+        raise UserError(f"{args.path}: not readable ({type(error).__name__}: {said}); {remedy}") from None
+    return data.write({name: getattr(args, name) for name in ("source", "path", "agents", "rows", "from_state")})
 
 
 def main() -> None:

@@ -23,9 +23,8 @@ import numpy as np
 from gymnasium.spaces import Box
 from pettingzoo.utils import BaseParallelWrapper
 
-import common
 from own_env import is_own, to_unit
-from utils.episodes import Team, dataset_folder, write_dataset
+from utils.episodes import NewDataset
 from utils.program import UserError
 
 
@@ -48,23 +47,12 @@ class Recorder(BaseParallelWrapper):
     """
 
     def __init__(
-        self,
-        env,
-        scenario: str,
-        dataset: str,
-        data_dir="my_data",
-        seed: int = 0,
-        agents: tuple[str, ...] = (),
-        overwrite: bool = False,
-        store: Callable | None = None,
+        self, env, scenario: str, dataset: str, data_dir="my_data", seed=0, agents=(), overwrite=False, store=None
     ):
         super().__init__(env)
-        if dataset not in common.DATASETS:
-            raise UserError(f"dataset {dataset}: unknown; choose one of {', '.join(common.DATASETS)}")
-        self.team, self.dataset, self.overwrite, self.store = Team(scenario, agents), dataset, overwrite, store
-        self.path = dataset_folder(data_dir, scenario, dataset, seed, overwrite)
-        self.recorded = self.team.chosen(list(env.possible_agents))
-        team = self.team.env
+        self.data, self.store = NewDataset(scenario, dataset, data_dir, seed, agents, overwrite), store
+        self.recorded = self.data.chosen(list(env.possible_agents))
+        team = self.data.env
         for name, size, entries in zip(self.recorded, team.obs_sizes, team.action_sizes, strict=True):
             space, action_space = env.observation_space(name), env.action_space(name)
             if space.shape != (size,):
@@ -77,8 +65,7 @@ class Recorder(BaseParallelWrapper):
                     f"{name}: has actions in {action_space}, {scenario} in a Box of ({entries},); pass "
                     "`store`, a function that makes such an action of them"
                 )
-        self.episodes, self.num_transitions, self._obs = [], 0, []
-        self._begin(None)
+        self._steps = {}  # of the episode that is running: {what: [{agent: array}, one each step]}
 
     def __enter__(self):
         return self
@@ -87,22 +74,16 @@ class Recorder(BaseParallelWrapper):
         if kind is None:
             self.save()
 
-    def _begin(self, observations: dict | None) -> None:
-        """Start an episode with its first observations; None: wait for `reset`."""
-        self._actions, self._rewards, self.running = [], [], observations is not None
-        self._obs = [self._named(observations)] if self.running else []
-
-    def _named(self, values: dict) -> list[np.ndarray]:
+    def _named(self, values: dict) -> dict[str, np.ndarray]:
         """The recorded agents' observations as float32 copies, as an environment may write into its arrays again."""
-        missing = [name for name in self.recorded if name not in values]
-        if missing:
+        if not {*self.recorded} <= {*values}:
             raise UserError(f"observations of {', '.join(values)}: expected {', '.join(self.recorded)}")
-        return [np.array(values[name], np.float32) for name in self.recorded]
+        return {name: np.array(values[name], np.float32) for name in self.recorded}
 
     def reset(self, seed=None, options=None):
         self._end(terminated=False)
         observations, infos = self.env.reset(seed=seed, options=options)
-        self._begin(observations)
+        self._steps = {"observations": [self._named(observations)], "actions": [], "rewards": []}
         return observations, infos
 
     def step(self, actions):
@@ -111,20 +92,18 @@ class Recorder(BaseParallelWrapper):
         Raises:
             UserError: an agent has no action or one outside its Box; or some agents end before the others.
         """
-        if not self.running:
+        if not self._steps:
             raise UserError("no episode is running: call reset() first")
-        stored = [self._checked(name, actions) for name in self.recorded]
+        stored = {name: self._checked(name, actions) for name in self.recorded}
         observations, rewards, terminations, truncations, _ = result = self.env.step(actions)
-        self._actions.append(stored)
-        self._rewards.append([float(rewards[name]) for name in self.recorded])
-        self.num_transitions += 1
-        ended = [bool(terminations[name] or truncations[name]) for name in self.recorded]
-        if any(ended) and not all(ended):
-            names = [name for name, end in zip(self.recorded, ended, strict=True) if end]
-            raise UserError(f"{', '.join(names)}: ended before the others; the layout holds teams that end together")
-        if not all(ended) or all(name in observations for name in self.recorded):  # some vanish from the last ones
-            self._obs.append(self._named(observations))
-        if all(ended):
+        self._steps["actions"].append(stored)
+        self._steps["rewards"].append({name: float(rewards[name]) for name in self.recorded})
+        ended = [name for name in self.recorded if terminations[name] or truncations[name]]
+        if 0 < len(ended) < len(self.recorded):
+            raise UserError(f"{', '.join(ended)}: ended before the others; the layout holds teams that end together")
+        if not ended or {*ended} <= {*observations}:  # some environments leave out the last observations
+            self._steps["observations"].append(self._named(observations))
+        if ended:
             self._end(any(terminations[name] for name in self.recorded))
         return result
 
@@ -139,26 +118,22 @@ class Recorder(BaseParallelWrapper):
                 raise UserError(f"action of {name}: {action.tolist()} is not in its {space}; clip it")
         if self.store is not None:
             return np.array(self.store(actions[name]), np.float32)
-        return to_unit(space, action) if is_own(self.team.task) else np.array(action, np.float32)
+        return to_unit(space, action) if is_own(self.data.task) else np.array(action, np.float32)
 
     def _end(self, terminated: bool) -> None:
         """Keep the episode that was running, if it has a transition."""
-        if self._actions:
-            obs, actions = ([np.stack(x) for x in zip(*steps, strict=True)] for steps in (self._obs, self._actions))
-            rewards = [np.array(x, np.float32) for x in zip(*self._rewards, strict=True)]
-            team, names = self.team, self.recorded
-            obs = team.arrays(dict(zip(names, obs, strict=True)), "observations")
-            actions = team.arrays(dict(zip(names, actions, strict=True)), "actions")
-            self.episodes.append(team.episode(obs, actions, rewards, terminated))
-        self._begin(None)
+        if self._steps.get("actions"):
+            arrays = [
+                self.data.arrays({name: np.stack([step[name] for step in steps]) for name in self.recorded}, what)
+                for what, steps in self._steps.items()
+            ]
+            self.data.add(terminated, *arrays)
+        self._steps = {}
 
     def save(self) -> dict:
         """Write what was recorded so far, in place of an earlier `save`, and print what it is. Returns the metadata."""
         self._end(terminated=False)
-        source = {"environment": str(self.env), "agents": self.recorded}
-        metadata = write_dataset(self.episodes, self.team, self.dataset, self.path, self.overwrite, source)
-        self.overwrite = True
-        return metadata
+        return self.data.write({"environment": str(self.env), "agents": self.recorded})
 
 
 def record(env, policy: Callable, num_transitions: int, scenario: str, dataset: str, seed: int = 0, **options) -> dict:
@@ -171,9 +146,11 @@ def record(env, policy: Callable, num_transitions: int, scenario: str, dataset: 
     if num_transitions < 1:
         raise UserError(f"num_transitions {num_transitions}: must be at least 1")
     recorder = Recorder(env, scenario, dataset, seed=seed, **options)
-    observations, _ = recorder.reset(seed=seed)
-    while recorder.running or recorder.num_transitions < num_transitions or len(recorder.episodes) < 2:
-        if not recorder.running:
-            observations, _ = recorder.reset()
-        observations, *_ = recorder.step(policy(observations))
+    episodes, steps = recorder.data.episodes, 0
+    while steps < num_transitions or len(episodes) < 2:
+        kept = len(episodes)
+        observations, _ = recorder.reset(seed=None if kept else seed)
+        while len(episodes) == kept:
+            observations, *_ = recorder.step(policy(observations))
+            steps += 1
     return recorder.save()

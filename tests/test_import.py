@@ -229,6 +229,7 @@ def test_a_timeout_ends_an_episode_and_is_no_terminal_state(lost, tmp_path):
     else:
         data = load(tmp_path, "simple_spread")
         assert data.lengths.tolist() == [9, 9, 9] and not data.done.any()
+        assert {np.load(file).shape for file in tmp_path.rglob("timeouts_*.npy")} == {(27,)}  # as docs/datasets.md says
 
 
 def record_some(data_dir, longest=10**9, **options):
@@ -498,6 +499,18 @@ def test_clipped_observations_are_said(hopper, tmp_path, capsys):
     assert "of the whole robot's observations are clipped at 10" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_clipped_observations_are_counted_over_all_episodes(hopper, tmp_path, monkeypatch, capsys):
+    clipped = Episodes({**e, "state": e["state"].copy()} for e in hopper)
+    for k, e in enumerate(clipped):
+        e["state"][: k + 1, 10] = 10
+    spaces = boxes(clipped[0]["state"]), boxes(clipped[0]["whole"])
+    import_to(tmp_path, "minari", to_minari(monkeypatch, tmp_path, clipped, *spaces, "state", "whole"), **HOPPER)
+    share = (clipped.long("state") == 10).mean()
+    out = capsys.readouterr().out
+    assert f"{share:.2%} of the whole robot's observations are clipped at 10" in out and out.count("are clipped") == 1
+
+
 def test_actions_that_no_policy_can_express_are_warned_of(hopper, tmp_path, capsys):
     columns = d4rl(hopper)
     columns["actions"] = 10 * columns["actions"]
@@ -593,12 +606,12 @@ def cheetah_columns(cheetah):
     return {name: x[None] for name, x in columns.items()}
 
 
-@pytest.mark.parametrize("kind", ["arrays", "agents", "state", "npz"])
+@pytest.mark.parametrize("kind", ["arrays", "agents", "state", "npz", "npz of agents"])
 def test_vaults_of_robots(kind, cheetah, tmp_path):
     columns = cheetah_columns(cheetah)
     if kind == "state":
         columns["observations"] = np.zeros((1, 2000, 2, 13), np.float32)  # what other agents see
-    if kind == "agents":
+    if "agents" in kind:
         columns = {
             f"{name}.agent_{i}" if x.ndim > 2 and name != "infos.state" else name: x[:, :, i]
             if name != "infos.state"
@@ -606,7 +619,7 @@ def test_vaults_of_robots(kind, cheetah, tmp_path):
             for name, x in columns.items()
             for i in range(2)
         }
-    if kind == "npz":
+    if "npz" in kind:
         path = tmp_path / "arrays.npz"
         np.savez(path, **columns)
     else:
@@ -658,18 +671,14 @@ def test_damaged_files(source, damage, tmp_path, monkeypatch):
 def test_options_that_do_not_belong(tmp_path):
     refused("--rows: belongs to --source vault", import_to, tmp_path, "hdf5", "x", "simple_tag", rows=(0,))
     refused("--from-state: belongs to", import_to, tmp_path, "minari", "x", "simple_tag", from_state=True)
-    refused(
-        "--agent-obsk, --global-categories: simple_tag is no robot",
-        import_to,
-        tmp_path,
-        "hdf5",
-        "x",
-        "simple_tag",
-        agent_obsk=1,
-    )
+    for scenario in ("simple_tag", "my_envs:spread5", HOPPER_TASK):  # the last one says its partition itself
+        match = f"--agent-obsk, --global-categories: {scenario} is no robot"
+        refused(match, import_to, tmp_path, "hdf5", "x", scenario, agent_obsk=1)
     refused("--source csv: unknown", import_to, tmp_path, "csv", "x", "simple_tag")
     refused("--seed -1", import_to, tmp_path, "hdf5", "x", "simple_tag", seed=-1)
     refused("--scenario nowhere: unknown", import_to, tmp_path, "hdf5", "x", "nowhere")
+    for folder in ("", "~/data"):
+        refused("--data-dir .*: must be a name", Args, "hdf5", "x", "simple_tag", "random", data_dir=folder)
 
 
 def test_existing_data_are_replaced_only_if_asked(hopper, tmp_path):
@@ -764,7 +773,7 @@ class Pair(ParallelEnv):
         vanish: whether the agents are missing from the last observations. early: an agent that ends one step before.
     """
 
-    metadata = {"name": "pair"}  # noqa: RUF012
+    metadata, reward = {"name": "pair"}, 1
 
     def __init__(self, *ends, vanish=False, early=None, box=None):
         self.possible_agents, self.ends, self.vanish, self.early = ["agent_0", "agent_1"], list(ends), vanish, early
@@ -795,7 +804,7 @@ class Pair(ParallelEnv):
             flags["terminated"][self.early] = True
         self.agents = [] if over else self.agents
         obs = {} if over and self.vanish else self.observe()
-        return obs, dict.fromkeys(self.possible_agents, 1), *flags.values(), {}
+        return obs, dict.fromkeys(self.possible_agents, self.reward), *flags.values(), {}
 
 
 def run(env, episodes, actions=None):
@@ -854,8 +863,31 @@ def test_agents_that_do_not_end_together_are_refused(tmp_path):
     refused("agent_1: ended before the others", run, recorder, 1)
 
 
-def test_longer_episodes_are_refused(tmp_path):
-    refused("an episode of 1001 steps", run, Recorder(Pair((1001, "truncated")), "HalfCheetah", "random", tmp_path), 1)
+@pytest.mark.parametrize("vanish", [False, True])
+def test_longer_episodes_are_refused(vanish, tmp_path):
+    """Also where the last transition would be left out."""
+    recorder = Recorder(Pair((1001, "truncated"), vanish=vanish), "HalfCheetah", "random", tmp_path)
+    refused("an episode of 1001 steps", run, recorder, 1)
+
+
+def test_rewards_that_are_no_numbers_are_refused(tmp_path):
+    env = Pair((4, "truncated"))
+    env.reward = np.nan
+    recorder = Recorder(env, "HalfCheetah", "random", tmp_path)
+    refused(r"rewards of agent_0: NaN or infinity, first in row 0 \(from 0\)", run, recorder, 1)
+
+
+def test_episodes_without_a_transition_are_left_out_and_counted_anew_by_every_save(tmp_path, capsys):
+    """After the only step of an episode that the time limit ends, the observation is unknown."""
+    env = Pair((1, "truncated"), (4, "terminated"), (5, "terminated"), (1, "truncated"), vanish=True)
+    with Recorder(env, "HalfCheetah", "random", tmp_path) as recorder:
+        run(recorder, 3)
+        recorder.save()
+        assert "1 episodes without a whole transition are left out" in capsys.readouterr().out
+        run(recorder, 1)
+    out = capsys.readouterr().out
+    assert "2 episodes without a whole transition are left out" in out and out.count("without a whole") == 1
+    assert load(tmp_path, "HalfCheetah").lengths.tolist() == [4, 5]
 
 
 @pytest.mark.parametrize("action", [[0, 0, 1.1], [0, 0], [0, 0, np.nan], [[0, 0, 0]]])
