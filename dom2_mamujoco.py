@@ -124,7 +124,7 @@ EVERYWHERE = dict(updates=6_000, eval_interval=2_000, eval_episodes=32, shift=("
 SETTINGS = {
     "random": dict(rho=0.02),
     "random-medium": dict(rho=0.02),
-    "medium-replay": dict(rho=0.02),
+    "medium-replay": dict(rho=0.02, quantiles=(0.9, 0.95, 0.99), copies=15),
     "medium": dict(eta=0.05),
     "medium-expert": dict(eta=0.05),
     "expert": dict(eta=0.05),
@@ -569,7 +569,7 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
 
     def replicas(returns):
         thresholds = args.thresholds or returns.quantile(returns.new_tensor(args.quantiles)).tolist()
-        return augment(returns, thresholds if args.augment else ())
+        return augment(returns, args.copies * thresholds if args.augment else ())
 
     data = data and data.replicated(replicas)  # line 2
     learners = algorithm.make_learners(args, env)  # line 1

@@ -570,7 +570,7 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
 
     def replicas(returns):
         thresholds = args.thresholds or returns.quantile(returns.new_tensor(args.quantiles)).tolist()
-        return augment(returns, thresholds if args.augment else ())
+        return augment(returns, args.copies * thresholds if args.augment else ())
 
     data = data and data.replicated(replicas)  # line 2
     learners = algorithm.make_learners(args, env)  # line 1

@@ -723,12 +723,14 @@ def team_returns(data_dir):
     return rewards.reshape(-1, EPISODE_STEPS).sum(1)
 
 
-@pytest.mark.parametrize("changes", [{}, {"quantiles": (0.3, 0.8)}, {"thresholds": (150.0, 170.0)}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"quantiles": (0.3, 0.8)}, {"thresholds": (150.0, 170.0)}, {"copies": 3}], ids=str
+)
 def test_training_samples_with_the_weights_of_algorithm_1(changes, small, data_dir):
     data, _ = sampled(DOM2.args(**small | dict(updates=1) | changes))
     returns = team_returns(data_dir)
     thresholds = changes.get("thresholds", np.quantile(returns, changes.get("quantiles", DOM2.Args.quantiles)))
-    weights = [1 + sum(value >= r for r in thresholds) for value in returns]
+    weights = [1 + changes.get("copies", 1) * sum(value >= r for r in thresholds) for value in returns]
     assert torch.bincount(data.index[0]).tolist() == np.repeat(weights, EPISODE_STEPS).tolist()
     assert max(weights) > 1
 

@@ -109,6 +109,8 @@ class DataArgs(Options):
     """quantiles of the dataset's returns that are Algorithm 1's thresholds r_th"""
     thresholds: Thresholds = None
     """thresholds r_th as returns, instead of --quantiles"""
+    copies: Count = 1
+    """how often a trajectory is replicated for every threshold that its return reaches"""
     raw_rewards: bool = False
     """keep the rewards as they are instead of standardising them over the dataset (mean 0, standard deviation 1)"""
     reward_scale: Weight = 1.0
