@@ -256,6 +256,8 @@ def test_the_table_of_one_seed_shows_no_spread(finished):
     out = closing_table(results)
     assert "mean return of 4 episodes of one seed\n" in out
     assert "mean return of 1 episode of one seed\n" in closing_table(results | {"eval_episodes": 1})
+    older = {name: x for name, x in results["data"].items() if name != "versions"}
+    assert "data: a version that this older run did not record" in closing_table(results | {"data": older})
     assert re.search(r"^standard +12\.3 +8\.7 ", out, re.MULTILINE) and "12.3 ±" not in out
 
 

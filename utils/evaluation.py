@@ -176,7 +176,7 @@ def closing_table(results: dict) -> str:
             f"{'-' if normalised is None else f'{normalised:.1f}':>11} {data['mean']:>10.1f} {data['max']:>9.1f} "
             f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>23}"
         )
-    versions = data["versions"]
+    versions = data.get("versions", ["a version that this older run did not record"])
     lines += [
         "",
         f"data: {versions[0]}, for all seeds" if len(versions) == 1 else f"data: {', '.join(versions)}, one per seed",
