@@ -11,8 +11,10 @@ are stored; the prey of predator-prey and World is part of the environment. MuJo
 `states_i`, `next_states_i`; `dones_i` is 1 where it fell.
 
     random          uniformly random actions
-    medium, expert  the policies of that level, with Gaussian noise of standard deviation 0.1 on their actions
+    medium, expert  the policies of that level, with Gaussian noise on their actions (standard deviation 0.1;
+                    HalfCheetah: medium 0.4, expert 0.2)
     medium-replay   the replay buffer of a TD3 run up to the moment its policies reach the medium level
+                    (HalfCheetah: up to update 27,000)
     random-medium, medium-expert   half and half, by whole episodes
 
 `pretrained/<scenario>.pt` holds the prey, the expert policies (`agent_params`, as in OMAR's files), the medium ones and

@@ -65,7 +65,7 @@ class TrainingArgs(options.TrainingArgs):
     gamma: Discount = 0.95
     """discount factor; the time limit is not a terminal state"""
     rho: Share = 0.01
-    """target networks: target <- rho source + (1 - rho) target in every update (Algorithm 2, line 8)"""
+    """target networks, the acting policy among them: target <- rho source + (1 - rho) target in every update (Algorithm 2, line 8)"""
     eta: Weight = 5.0
     """weight of the Q-loss in Eq. 5; 0 is behaviour cloning with a diffusion policy"""
     bc_weight: Weight = 1.0
@@ -73,7 +73,7 @@ class TrainingArgs(options.TrainingArgs):
     zeta: Weight = 0.0
     """weight of the conservative term in Eq. 1; 0 turns it off"""
     conservative_share: Share = 0.25
-    """share of every minibatch from which that term is estimated; 1 as in the paper, at twice the time of an update"""
+    """share of every minibatch from which that term is estimated; 1 as in the paper, which nearly doubles its time"""
     max_grad_norm: Weight = 0.5
     """largest gradient norm per learner and network; 0: no clipping"""
 

@@ -9,7 +9,7 @@ its target noise:
     python baselines/ma_cql.py --scenario simple_spread --dataset expert
     python baselines/ma_cql.py --help
 
-Settings are those published with OMAR; on HalfCheetah, where they take hours on a CPU, networks, learning rate and
+Settings are those published with OMAR; on HalfCheetah, where they take hours on a CPU, widths, learning rate and
 updates are DOM2's and the conservative term has a third of the actions. The published ones are an option each:
 `--updates 100000 --widths 256 256 --lr 3e-4 --cql-actions 10 --cql-policy-actions 10`. The term is estimated from a
 quarter of each minibatch in all environments (`--conservative-share 1`: from all of it).
@@ -17,7 +17,7 @@ quarter of each minibatch in all environments (`--conservative-share 1`: from al
 OMAR's networks begin with batch normalisation, each call by its own batch. For observations that comes to
 standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a scale common to all actions
 of a call leaves Q as it is. Policies gain nothing from running to the border of the action box, where Q is least known,
-but nothing teaches them offset and scale either. `--no-batch-norm` turns it off, SETTINGS on some HalfCheetah datasets.
+but nothing teaches them offset and scale either. `--no-batch-norm` turns it off, as SETTINGS do on HalfCheetah but for random.
 One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
 """
 
@@ -60,8 +60,8 @@ class Args(DataArgs, shared.CQLArgs, shared.CQLNetworkArgs, options.EvaluationAr
 
 
 # As published with OMAR, except: updates on HalfCheetah are DOM2's; random-medium and medium-expert, which were not
-# published, have the settings of medium-replay and of expert; batch normalisation is off on HalfCheetah where that
-# brings more return.
+# published, have the settings of medium-replay and of expert; batch normalisation is off on HalfCheetah but for
+# random.
 SETTINGS = settings_table(
     particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
     mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)

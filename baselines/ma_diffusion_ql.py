@@ -9,7 +9,8 @@
 Losses, networks, learning rates and updates are DOM2's, so that the two differ in what is named above and nothing else.
 What differs from the original: the noise schedule (beta at time 1 is 10, which leaves as much of the action as theirs),
 the number of updates, SiLU instead of Mish, and acting with one sample where the original takes the best of 50 by Q
-(`--eval-candidates 50`). `--prediction action --augment` gives DOM2 with DDPM in place of DPM-Solver.
+(`--eval-candidates 50`). `--prediction action --augment` gives DOM2 with DDPM in place of DPM-Solver where DOM2 has
+zeta = 0 and Algorithm 1's defaults; elsewhere add its --zeta, --quantiles and --copies.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Args(DataArgs, TrainingArgs, shared.NetworkArgs, options.EvaluationArgs, o
 
 
 # alpha, noise, delay: TD3+BC's. Networks, rates and batches: OMAR's, whose authors ran it with them; its updates
-# are OMAR's too, here divided by the delay.
+# on particles are OMAR's divided by the delay, but 1,000 on simple_tag random-medium.
 SETTINGS = settings_table(
     particles=dict(updates=1_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
     mujoco=dict(updates=5_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005),

@@ -131,8 +131,8 @@ class Batch(NamedTuple):
     reward: Tensor  # [L, B]
     next_obs: Tensor  # [L, B, d]
     done: Tensor  # [L, B]
-    random_actions: Tensor  # [L, B, K, A], uniform in [-1, 1]
-    policy_noise: Tensor  # [2, L, B, K, A], standard normal
+    random_actions: Tensor  # [L, B', K, A], uniform in [-1, 1], for the first B' transitions
+    policy_noise: Tensor  # [2, L, B', K, A], standard normal
     sampler_noise: Tensor  # [iterations, L, B, samples, A], standard normal
 
 

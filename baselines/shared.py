@@ -63,7 +63,7 @@ class TrainingArgs(options.TrainingArgs):
     gamma: Discount = 0.95
     """discount factor; the time limit is not a terminal state"""
     rho: Share = 0.01
-    """target networks move by this share of the difference each update"""
+    """target networks, the acting policy among them, move by this share of the difference each update"""
     max_grad_norm: Weight = 0.5
     """largest gradient norm per learner and network; 0: no clipping"""
 

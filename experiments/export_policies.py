@@ -48,7 +48,7 @@ OF_RESULTS = (
 
 PAGE = """# Trained policies
 
-Each file holds DOM2's policies of one run: what acting needs, no critics and optimisers.
+Each file holds DOM2's target policies of one run: what acting needs, no critics and optimisers.
 [How to load, evaluate and play them](../../docs/environments.md#trained-policies).
 The table shows mean returns over the seeds, in the standard and in the shifted environments, with the last parameters.
 `python experiments/export_policies.py` writes the files and this page.

@@ -369,7 +369,7 @@ def summary(target: Target, rows: list[Row]) -> str:
     """How many cells have been run, and which algorithm is best in how many rows."""
     return (
         f"Cells run: {sum(len(row.here) for row in rows)} of {len(target.cells()) * len(target.shifts)}. "
-        f"Best of at least two: {show_wins([row.best() for row in rows])} here; "
+        f"Best algorithm, in rows with at least two: {show_wins([row.best() for row in rows])} here; "
         f"{show_wins([row.best(paper=True) for row in rows])} in the paper."
     )
 
@@ -542,16 +542,17 @@ GROUPS = {
     "particle environments, standard": (PARTICLE, ("none",)),
     "particle environments, shifted": (PARTICLE, ("speed",)),
     "HalfCheetah, standard": (MUJOCO, ("none",)),
-    "HalfCheetah, R and E": (MUJOCO, ("random", "extreme")),
+    "HalfCheetah, shifts random and extreme": (MUJOCO, ("random", "extreme")),
 }
 
 
 STATISTICS = """A task is one dataset in one environment. The tables show, for every algorithm:
 
-- the interquartile mean of the normalised scores over all tasks and seeds;
+- the interquartile mean (without the lowest and the highest quarter) of the normalised scores over all tasks and seeds;
 - the probability that a seed of DOM2 scores higher than a seed of this algorithm on the same task, averaged over tasks.
 
-In brackets are 95% intervals by stratified bootstrap (Agarwal et al. 2021).
+In brackets are 95% intervals by stratified bootstrap (Agarwal et al. 2021). A dash: not all tasks have been run. The
+CSV has the cells behind the numbers.
 """
 
 

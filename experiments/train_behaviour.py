@@ -8,7 +8,8 @@ predator-prey and World the prey is trained together with the predators first an
 scratch against it pass the medium level and go on to the expert level. The half cheetah's agents see their own joints
 alone, too little for a critic of their own: theirs is one that sees the whole robot and all actions.
 
-`pretrained/` holds what this script wrote on one machine. Rounding decides when a run reaches a level, so every machine
+`pretrained/` holds what this script wrote on one machine; HalfCheetah's file joins two runs, chosen as
+docs/halfcheetah-data.md says. Rounding decides when a run reaches a level, so every machine
 gets other policies.
 """
 
@@ -251,7 +252,7 @@ class TD3:
 
 
 def level(scenario: str, policies, prey) -> float:
-    """Mean return of policies with the datasets' action noise, on the same episodes every time."""
+    """Mean return of policies with action noise of 0.1, on the same episodes every time."""
     env = behaviour_env(scenario, RECIPES[scenario].level_episodes, 1, prey)
     return team_returns(*rollout(env, behave(env, policies, torch.Generator().manual_seed(1), 0.1))).mean().item()
 

@@ -102,7 +102,7 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
 def restore(learners, optimizers: dict, checkpoint: dict, path: str | Path) -> None:
     """Load parameters and optimiser states. Learning rates and what a device needs stay those of `optimizers`.
 
-    Of a policy file, load the policy; everything else stays as it is, since acting does not need it.
+    Of a policy file, load the target policy; everything else stays as it is, since acting does not need it.
     """
     state = checkpoint["learners"]
     if checkpoint["optimizers"] is None:
