@@ -65,7 +65,7 @@ class TrainingArgs(options.TrainingArgs):
     gamma: Discount = 0.95
     """discount factor; the time limit is not a terminal state"""
     rho: Share = 0.01
-    """target networks, the acting policy among them: target <- rho source + (1 - rho) target in every update (Algorithm 2, line 8)"""
+    """target networks, also the policy that acts: target <- rho source + (1 - rho) target (Algorithm 2, line 8)"""
     eta: Weight = 5.0
     """weight of the Q-loss in Eq. 5; 0 is behaviour cloning with a diffusion policy"""
     bc_weight: Weight = 1.0

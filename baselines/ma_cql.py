@@ -17,7 +17,8 @@ quarter of each minibatch in all environments (`--conservative-share 1`: from al
 OMAR's networks begin with batch normalisation, each call by its own batch. For observations that comes to
 standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a scale common to all actions
 of a call leaves Q as it is. Policies gain nothing from running to the border of the action box, where Q is least known,
-but nothing teaches them offset and scale either. `--no-batch-norm` turns it off, as SETTINGS do on HalfCheetah but for random.
+but nothing teaches them offset and scale either. `--no-batch-norm` turns it off, as SETTINGS do on
+HalfCheetah but for random.
 One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
 """
 

@@ -4,7 +4,8 @@
     python experiments/benchmark.py --only gemm_fraction_cpu help_seconds
 
 Machines are noisy, so a ratio is measured inside one run: its two sides alternate, and the medians are compared. What
-needs a GPU is printed as "not measured" without one. docs/development.md shows the figures with the hardware they came from.
+needs a GPU is printed as "not measured" without one. docs/development.md shows the figures and the
+hardware they came from.
 """
 
 from __future__ import annotations

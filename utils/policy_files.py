@@ -58,8 +58,8 @@ def write_policy(file: Path, checkpoint: dict, results: dict, dtype: str = "floa
 
 
 def read_policy(file: Path) -> dict:
-    """The contents of a policy file like a checkpoint: learners holds the target policy alone, optimizers, rng and cuda_rng
-    are None, and results is the run's results.json. All tensors are float32.
+    """The contents of a policy file like a checkpoint: learners holds the target policy alone. optimizers, rng and
+    cuda_rng are None, and results is the run's results.json. All tensors are float32.
 
     Raises:
         UserError: the file is missing, damaged or not such a file.
