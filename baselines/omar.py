@@ -115,7 +115,7 @@ SETTINGS = settings_table(
             "random": dict(cql_alpha=1.0, omar_coe=1.0),
             "random-medium": dict(cql_alpha=5.0, omar_coe=0.9, batch_norm=False),
             "medium-replay": dict(cql_alpha=5.0, omar_coe=0.9),
-            "medium": dict(cql_alpha=1.0, omar_coe=0.7),
+            "medium": dict(cql_alpha=1.0, omar_coe=0.7, batch_norm=False),
             "medium-expert": dict(cql_alpha=5.0, omar_coe=0.5, batch_norm=False),
             "expert": dict(cql_alpha=5.0, omar_coe=0.5),
         },

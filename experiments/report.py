@@ -643,8 +643,8 @@ OVERVIEW = """# What did the experiments show?
 dataset in one environment. Each heading has its figure and a link to its table, which shows every mean and spread next
 to the paper's.
 
-All HalfCheetah results here are of earlier datasets with less action noise. What is known on the present ones is in
-[settings](settings.md#halfcheetah).
+The results of the particle environments are older than the present code, in which a moving average of the policies
+acts. Those of HalfCheetah are of the present code.
 """
 
 
