@@ -67,7 +67,7 @@ def test_programs_run_without_what_only_linux_has(tmp_path, pretrained):
     assert done.returncode == 0, done.stderr
     run = the_run(tmp_path / "runs")
     assert json.loads((run / "results.json").read_text())["updates"] == 2 and (run / "policy.gif").exists()
-    assert " of 90 cells to run" in done.stdout
+    assert " of 162 cells to run" in done.stdout
 
 
 def test_nothing_that_only_linux_has_is_used_unasked():

@@ -219,7 +219,7 @@ def test_policy_is_that_of_the_chosen_seed_and_agent(finished, tmp_path, prey):
     """Networks that always answer one corner, another one for every seed and agent."""
     checkpoint = stored(finished[0])
     corners = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1], [1, -1], [-1, 1.0]])  # [seed-major learners, 2]
-    *_, last = (key for key in checkpoint["learners"] if key.startswith("policy.net") and key.endswith("weight"))
+    *_, last = (key for key in checkpoint["learners"] if key.startswith("target_policy.net") and key.endswith("weight"))
     checkpoint["learners"][last].zero_()
     checkpoint["learners"][last.replace("weight", "bias")].copy_(20 * corners[:, None])
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
