@@ -476,12 +476,16 @@ def make_learners(args: Args, env, policy_class=DiffusionPolicy) -> nn.ModuleDic
     Reads only num_agents, obs_size, action_size, device and, where there is one, action_mask [n, A] of `env`.
     """
     sizes = args.num_seeds * env.num_agents, env.obs_size, env.action_size
-    mask = getattr(env, "action_mask", None)
-    mask = None if mask is None else mask.repeat(args.num_seeds, 1)[:, None]  # [L, 1, A]
     net, schedule = NOISE_NETS[args.noise_net](*sizes, args.widths), NoiseSchedule(beta_max=args.beta_max)
-    policy = policy_class(net, schedule, args.diffusion_steps, args.prediction, mask)
+    policy = policy_class(net, schedule, args.diffusion_steps, args.prediction, action_mask(args, env))
     critic = TwinCritic(*sizes, args.critic_widths, args.critic_norm)
     return with_targets(policy=policy, critic=critic).to(env.device)
+
+
+def action_mask(args, env) -> Tensor | None:
+    """What a policy takes as `mask`: [L, 1, A], 0 for entries that an agent does not have. None: all have as many."""
+    mask = getattr(env, "action_mask", None)  # [n, A]
+    return None if mask is None else mask.repeat(args.num_seeds, 1)[:, None]
 
 
 def with_targets(**networks: nn.Module) -> nn.ModuleDict:

@@ -22,9 +22,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 from baselines import shared
-from baselines.shared import ObservationNorm, Policy, act, action_mask, options, settings_table
+from baselines.shared import ObservationNorm, Policy, act, options, settings_table
 from dom2_mpe import (
     Algorithm,
+    action_mask,
     adam,
     gradient_step,
     parse,

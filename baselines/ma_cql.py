@@ -17,8 +17,8 @@ quarter of each minibatch in all environments (`--conservative-share 1`: from al
 OMAR's networks begin with batch normalisation, each call by its own batch. For observations that comes to
 standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a scale common to all actions
 of a call leaves Q as it is. Policies gain nothing from running to the border of the action box, where Q is least known,
-but nothing teaches them offset and scale either. `--no-batch-norm` turns it off, as SETTINGS do on
-HalfCheetah but for random.
+but nothing teaches them offset and scale either. `--no-batch-norm` turns it off. On HalfCheetah
+SETTINGS turn it off on all datasets except random.
 One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
 """
 
@@ -61,7 +61,7 @@ class Args(DataArgs, shared.CQLArgs, shared.CQLNetworkArgs, options.EvaluationAr
 
 
 # As published with OMAR, except: updates on HalfCheetah are DOM2's; random-medium and medium-expert, which were not
-# published, have the settings of medium-replay and of expert; batch normalisation is off on HalfCheetah but for
+# published, have the settings of medium-replay and of expert; batch normalisation is off on HalfCheetah, except on
 # random.
 SETTINGS = settings_table(
     particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),

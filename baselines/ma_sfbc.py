@@ -38,12 +38,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 from baselines import shared
-from baselines.shared import MLP, OWN, SCENARIOS, action_mask, options, settings_table
+from baselines.shared import MLP, OWN, SCENARIOS, options, settings_table
 from dom2_mpe import (
     NOISE_NETS,
     Algorithm,
     DiffusionPolicy,
     NoiseSchedule,
+    action_mask,
     adam,
     diffusion_loss,
     draw,

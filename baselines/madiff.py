@@ -33,11 +33,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 from baselines import shared
-from baselines.shared import ObservationNorm, Policy, action_mask, options, settings_table
+from baselines.shared import ObservationNorm, Policy, options, settings_table
 from dom2_mpe import (
     NoiseSchedule,
     StackedLinear,
     TimeFeatures,
+    action_mask,
     adam,
     dpm_solver,
     gradient_step,

@@ -19,6 +19,7 @@ from common import DATASETS
 from dom2_mpe import (
     StackedLinear,
     TwinCritic,
+    action_mask,
     adam,
     gradient_step,
     q_of_candidates,
@@ -137,12 +138,6 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)
-
-
-def action_mask(args, env) -> Tensor | None:
-    """What a policy takes as `mask`: [L, 1, A], 0 for entries that an agent does not have. None: all have as many."""
-    mask = getattr(env, "action_mask", None)  # [n, A]
-    return None if mask is None else mask.repeat(args.num_seeds, 1)[:, None]
 
 
 class Policy(MLP):
