@@ -588,12 +588,10 @@ def statistics_table(target: Target, rows: list[Row]) -> str:
 
     text = f"# {target.title}\n\n{STATISTICS}"
     head = ["algorithm", "tasks run", "interquartile mean", "probability that DOM2 is better"]
+    found = [x for x in aggregates(rows) if x.tasks]
     for name in GROUPS:
-        lines = [
-            [x.variant.label, str(x.tasks), show(x.score, 1), show(x.dom2_better, 2)]
-            for x in aggregates(rows)
-            if x.group == name and x.tasks
-        ]
+        group = [x for x in found if x.group == name]
+        lines = [[x.variant.label, str(x.tasks), show(x.score, 1), show(x.dom2_better, 2)] for x in group]
         text += f"\n## {name}\n\n{markdown_table([head, *lines])}"
     return text
 
