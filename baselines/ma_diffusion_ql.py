@@ -41,7 +41,6 @@ from dom2_mpe import (
     parse,
     program,
     q_of_candidates,
-    sample_transitions,
     time_grid,
     train,
     update,
@@ -115,18 +114,11 @@ def make_learners(args: Args, env) -> nn.ModuleDict:
 
 
 def sample_batch(data, args: Args) -> Batch:
-    """As DOM2's; the noise of a chain has N * A entries."""
-    transitions = sample_transitions(data, args)
-    L, B, A = transitions[1].shape
-    N, device = args.diffusion_steps, data.obs.device
-    return Batch(
-        *transitions,
-        target_noise=torch.randn(L, B, N * A, device=device),
-        random_actions=torch.rand(L, math.ceil(args.conservative_share * B), 10, A, device=device) * 2 - 1,
-        tau=1e-3 + (1 - 1e-3) * torch.randint(N + 1, (L, B), device=device) / N,
-        eps=torch.randn(L, B, A, device=device),
-        policy_noise=torch.randn(L, B, N * A, device=device),
-    )
+    """As DOM2's, with the noise of whole chains: N * A entries per transition."""
+    batch = dom2_mpe.sample_batch(data, args)
+    L, B, A = batch.action.shape
+    target_noise, policy_noise = torch.randn(2, L, B, args.diffusion_steps * A, device=batch.action.device)
+    return batch._replace(target_noise=target_noise, policy_noise=policy_noise)
 
 
 @torch.no_grad()

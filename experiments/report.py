@@ -139,6 +139,7 @@ ABLATIONS = (
 AUGMENTED = (varied(algorithm, "augmentation", "with augmentation", augment=True) for algorithm in BASELINES)
 OFF_AND_ON = (*chain(*zip(plain(*BASELINES), AUGMENTED, strict=True)), NOT_AUGMENTED, *plain("dom2"))
 STEP_COUNTS = tuple(map(with_steps, STEPS))
+SEEDS = (*plain("dom2"), varied("dom2", "tuning-seeds", "with the seeds of its tuning", seed=0))
 TARGETS = {
     "table1": Target("Table 1: particle environments", ("none",), ((TABLE, PARTICLE, DATASETS),)),
     "table2": Target("Table 2: shifted particle environments", ("speed",), ((TABLE, PARTICLE, DATASETS),)),
@@ -165,6 +166,9 @@ TARGETS = {
     "fig6": Target("Figure 6: ablations", ("none",), ((ABLATIONS, PARTICLE + MUJOCO, DATASETS),)),
     "factorial": Target("Augmentation off and on", ("none",), ((OFF_AND_ON, PARTICLE, DATASETS),)),
     "steps": Target("Denoising steps", ("none",), ((STEP_COUNTS, PARTICLE, ("random", "expert")),)),
+    "seeds": Target(
+        "Other seeds than those that chose the settings", ("none",), ((SEEDS, PARTICLE + MUJOCO, DATASETS),)
+    ),
 }
 
 

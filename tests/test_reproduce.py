@@ -84,7 +84,7 @@ def check_finished_grid(args, further, out, tmp_path):
     (run,) = (tmp_path / "runs/main/dom2").glob("simple_spread-random-*/dom2-*")
     assert done.read_bytes() == (run / "results.json").read_bytes()
     results = json.loads(done.read_text())
-    assert results["command"].startswith("python dom2_mpe.py --scenario simple_spread --dataset random --num-seeds 2 ")
+    assert results["command"].startswith("python dom2_mpe.py --scenario simple_spread --dataset random --seed 10 --num-seeds 2 ")
     assert results["updates"] == 2 and results["num_seeds"] == 2
     assert not done.with_name("simple_spread-medium-replay.json").exists()
     (log,) = (tmp_path / "runs/main/dom2").glob("simple_spread-medium-replay-*/log.txt")
@@ -304,9 +304,9 @@ def test_dry_run_lists_commands_and_estimates_the_time(tiny, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     assert reproduce.reproduce(args, further)
     out = capsys.readouterr().out
-    options = "--num-seeds 2 --updates 100 " + " ".join(further)
+    options = "--seed 10 --num-seeds 2 --updates 100 " + " ".join(further)
     assert f"missing         python dom2_mpe.py --scenario simple_spread --dataset random {options}\n" in out
-    assert "--dataset random --eta 0 --num-seeds 2 --updates 100" in out
+    assert "--dataset random --eta 0 --seed 10 --num-seeds 2 --updates 100" in out
     assert "2 of 2 cells to run, about 2.0 h one after the other" in out
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -326,7 +326,7 @@ def test_a_variant_with_the_plain_settings_is_the_plain_cell(tiny):
 def test_commands_name_no_folder_of_this_machine():
     job = reproduce.make_job(Cell(Variant("dom2"), "simple_tag", "random"), Args("table1", run_dir="runs/test"))
     line = (
-        f"dom2_mpe.py --scenario simple_tag --dataset random --num-seeds 3 "
+        f"dom2_mpe.py --scenario simple_tag --dataset random --seed 10 --num-seeds 5 "
         f"--run-dir runs/test/main/dom2/{job.folder.name}"
     )
     assert reproduce.start_command(job)[1:] == line.split()
@@ -683,6 +683,7 @@ def test_the_committed_report_is_that_of_the_committed_results():
         (dict(scenarios=("HalfCheetah",)), "--scenarios HalfCheetah: not in table1; choose one of simple_spread"),
         (dict(datasets=("best",)), "--datasets best: not in table1"),
         (dict(algorithms=("sac",)), "--algorithms sac: not in table1"),
+        (dict(seed=-1), "--seed -1: must be at least 0"),
         (dict(num_seeds=0), "--num-seeds 0: must be at least 1"),
         (dict(jobs=-1), "--jobs -1: must be at least 0"),
         (dict(updates=0), "--updates 0: must be at least 1"),
