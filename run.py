@@ -200,7 +200,9 @@ class Run:
             if self.checkpoint is None:  # a run that is killed before its first evaluation can be continued as well
                 self.save()
             self.writer = SummaryWriter(self.path, purge_step=self.first_update + 1)
-            self.bar = tqdm(total=args.updates, initial=self.first_update, unit="update", dynamic_ncols=True)
+            every = 0.1 if sys.stderr.isatty() else 10  # seconds between lines in a log file
+            options = dict(unit="update", dynamic_ncols=True, mininterval=every, maxinterval=every)
+            self.bar = tqdm(total=args.updates, initial=self.first_update, **options)
             with self.writer, self.bar, catch_signals() as self.stopped:
                 yield self
 
@@ -262,7 +264,6 @@ class Run:
             self.writer.add_scalar("charts/normalised_score", normalised, self.update)
         shown = "" if normalised is None else f", normalised {normalised:.1f}"
         self.bar.set_postfix_str(f"return {score:.1f}{shown}")
-        self.bar.refresh()
 
     def save(self) -> None:
         """Save all that continuing bit for bit needs. The previous checkpoint becomes checkpoint-previous.pt."""
