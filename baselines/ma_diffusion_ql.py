@@ -10,7 +10,7 @@ Losses, networks, learning rates and updates are DOM2's, so that the two differ 
 What differs from the original: the noise schedule (beta at time 1 is 10, which leaves as much of the action as theirs),
 the number of updates, SiLU instead of Mish, and acting with one sample where the original takes the best of 50 by Q
 (`--eval-candidates 50`). `--prediction action --augment` gives DOM2 with DDPM in place of DPM-Solver where DOM2 has
-zeta = 0 and Algorithm 1's defaults; elsewhere add its --zeta, --quantiles and --copies.
+zeta = 0; elsewhere add its --zeta.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Args(shared.DataArgs, dom2_mpe.TrainingArgs, dom2_mpe.NetworkArgs, Evaluat
 
 def dom2_settings() -> dict:
     """{scenario: {dataset: options}}: how DOM2 learns there, without what makes it DOM2."""
-    names = [field.name for group in (dom2_mpe.TrainingArgs, dom2_mpe.NetworkArgs) for field in fields(group)]
+    groups = dom2_mpe.TrainingArgs, dom2_mpe.NetworkArgs
+    names = ["quantiles", "copies", *(field.name for group in groups for field in fields(group))]
     rows = {}
     for algorithm, scenarios in ((DOM2, (*shared.SCENARIOS, shared.OWN)), (dom2_mamujoco.DOM2, ("HalfCheetah",))):
         for scenario in scenarios:

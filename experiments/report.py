@@ -48,6 +48,7 @@ COLOURS = {algorithm.name: f"C{k}" for k, algorithm in enumerate(reversed(ALGORI
 PARTICLE, MUJOCO = ("simple_tag", "simple_world", "simple_spread"), ("HalfCheetah",)
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 STEPS = (1, 2, 3, 5, 10)
+FIRST_SEED = 10  # of the cells; the settings were chosen with the seeds 0 to 2
 
 
 def command_line(options) -> list[str]:
@@ -139,7 +140,7 @@ ABLATIONS = (
 AUGMENTED = (varied(algorithm, "augmentation", "with augmentation", augment=True) for algorithm in BASELINES)
 OFF_AND_ON = (*chain(*zip(plain(*BASELINES), AUGMENTED, strict=True)), NOT_AUGMENTED, *plain("dom2"))
 STEP_COUNTS = tuple(map(with_steps, STEPS))
-SEEDS = (*plain("dom2"), varied("dom2", "tuning-seeds", "with the seeds of its tuning", seed=0))
+SEEDS = (*plain("dom2"), varied("dom2", "tuning-seeds", "with the seeds of its tuning", seed=0, num_seeds=3))
 TARGETS = {
     "table1": Target("Table 1: particle environments", ("none",), ((TABLE, PARTICLE, DATASETS),)),
     "table2": Target("Table 2: shifted particle environments", ("speed",), ((TABLE, PARTICLE, DATASETS),)),
@@ -305,7 +306,14 @@ def read_rows(target: Target, results_dir: Path) -> list[Row]:
                 known = scenario in common.NORMALISATION
                 normalised = common.normalised_score(scenario, x) if known else np.full(len(x), np.nan)
                 row.here[variant] = Score(x, normalised, results, result_path(cell, results_dir).with_suffix(".npz"))
-    return list(rows.values())
+    return [row._replace(here=comparable(row.here)) for row in rows.values()]
+
+
+def comparable(here: dict[Variant, Score]) -> dict[Variant, Score]:
+    """Without results of earlier code, whose seeds begin with 0, where the row has later ones."""
+    later = {v: s for v, s in here.items() if s.raw["settings"]["seed"] == FIRST_SEED}
+    other_seeds = {v: s for v, s in here.items() if "seed" in dict(v.options)}
+    return later | other_seeds if later else here
 
 
 # --------------------------------------------------------------------------------------------------------------------

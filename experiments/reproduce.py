@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 from common import ROOT
 from experiments.report import (
     ALGORITHMS,
+    FIRST_SEED,
     MUJOCO,
     TARGETS,
     Cell,
@@ -64,7 +65,7 @@ class Args(Options):
     """only these datasets"""
     algorithms: tuple[str, ...] = ()
     """only these algorithms, by their folder names in results/main: dom2, bc, omar, ..."""
-    seed: int = 10
+    seed: int = FIRST_SEED
     """first seed of each cell; the settings were chosen with the seeds 0 to 2"""
     num_seeds: int = 5
     """seeds of each cell, trained side by side; a result with more of them will do"""

@@ -27,7 +27,7 @@ import dom2_mamujoco
 import dom2_mpe
 from experiments import train_behaviour
 from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
-from utils.data import load_data, standardise, take_share
+from utils.data import draw, load_data, standardise, take_share
 from utils.frozen import load_prey, policy_action, policy_checksum
 from utils.program import UserError, load_torch, usable_cores
 
@@ -540,6 +540,26 @@ def test_a_share_is_whole_trajectories_each_with_its_rows(data_dir):
     part = load_data(options(data_dir, data_fraction=0.3), tag_env(), None)  # standardised over what is kept
     np.testing.assert_allclose([part.reward.double().mean(), part.reward.double().std()], [0, 1], atol=1e-4)
     assert len(part.returns) == 6
+
+
+def test_every_seed_learns_from_its_own_share(data_dir):
+    loaded = load(data_dir, "simple_tag", "medium")
+    episodes = {x.numpy().tobytes(): i for i, x in enumerate(loaded.obs.split(25, 1))}
+    torch.manual_seed(0)
+    data = load_data(options(data_dir, data_fraction=0.3, num_seeds=3), tag_env(), None)
+    assert data.versions == {f"share {i} of seed_0_data": 6 for i in (1, 2, 3)}
+    shares = [[episodes[x.numpy().tobytes()] for x in part.split(25, 1)] for part in data.obs.split(150, 1)]
+    assert [len(set(share)) for share in shares] == [6] * 3 and len(set(map(frozenset, shares))) == 3
+    for share, reward in zip(shares, data.reward.split(150, 1), strict=True):
+        kept = torch.cat([loaded.reward[:, 25 * i : 25 * i + 25] for i in share], 1)
+        torch.testing.assert_close(reward, (kept - kept.mean()) / kept.double().std().float(), rtol=1e-4, atol=1e-4)
+    (best,) = data.returns[6:12].quantile(torch.tensor([1.0])).tolist()  # of the second share
+    replicated = data.replicated(lambda returns: dom2_mpe.augment(returns, [best]))
+    assert [len(rows) for rows in replicated.index] == [
+        25 * (6 + int((x >= best).sum())) for x in data.returns.split(6)
+    ]
+    drawn = draw(replicated.index, 9, 1000)  # three agents of each seed
+    assert [(int(rows.min()) // 150, int(rows.max()) // 150) for rows in drawn.split(3)] == [(0, 0), (1, 1), (2, 2)]
 
 
 def test_data_made_with_another_prey_are_refused(tmp_path, data_dir, pretrained):

@@ -84,7 +84,9 @@ def check_finished_grid(args, further, out, tmp_path):
     (run,) = (tmp_path / "runs/main/dom2").glob("simple_spread-random-*/dom2-*")
     assert done.read_bytes() == (run / "results.json").read_bytes()
     results = json.loads(done.read_text())
-    assert results["command"].startswith("python dom2_mpe.py --scenario simple_spread --dataset random --seed 10 --num-seeds 2 ")
+    assert results["command"].startswith(
+        "python dom2_mpe.py --scenario simple_spread --dataset random --seed 10 --num-seeds 2 "
+    )
     assert results["updates"] == 2 and results["num_seeds"] == 2
     assert not done.with_name("simple_spread-medium-replay.json").exists()
     (log,) = (tmp_path / "runs/main/dom2").glob("simple_spread-medium-replay-*/log.txt")
@@ -496,12 +498,26 @@ def fake(cell, returns):
         "seconds": 1.0,
         "returns": returns,
         "data": {"mean": 7.25, "std": 1.0, "max": 99.0, "transitions": 100},
-        "settings": {"num_seeds": seeds} | dict(cell.variant.options),
+        "settings": {"seed": 10, "num_seeds": seeds} | dict(cell.variant.options),
     }
 
 
 def save(folder, cell, returns, **further):
     report.write_result(report.result_path(cell, folder), fake(cell, returns) | further)
+
+
+def test_results_of_the_first_seeds_are_not_shown_beside_later_ones(tmp_path):
+    """Those of the seeds 0 to 2 were made by earlier code. One study has these seeds on purpose."""
+    old, new = ({"settings": {"seed": seed, "num_seeds": 1}} for seed in (0, 10))
+    plain, tuning = report.SEEDS
+    bc = Variant("bc")
+    for variant, dataset, made in ((plain, "random", new), (bc, "random", old), (bc, "expert", old)):
+        save(tmp_path, Cell(variant, "simple_tag", dataset), {"none": [1.0]}, **made)
+    save(tmp_path, Cell(tuning, "simple_tag", "random"), {"none": [1.0]})
+    rows = {(r.scenario, r.dataset): set(r.here) for r in report.read_rows(report.TARGETS["table1"], tmp_path)}
+    assert rows["simple_tag", "random"] == {plain} and rows["simple_tag", "expert"] == {bc}
+    rows = {(r.scenario, r.dataset): set(r.here) for r in report.read_rows(report.TARGETS["seeds"], tmp_path)}
+    assert rows["simple_tag", "random"] == {plain, tuning}
 
 
 @pytest.mark.parametrize("size", range(1, 14))

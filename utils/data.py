@@ -45,7 +45,9 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
         except UserError:
             if not any(folder.glob("[!.]*")):  # else another process was faster
                 raise
-    data = joined([load_version(path, args, env, prey) for path in versions(folder, args)])
+    paths = versions(folder, args)
+    seeds = args.num_seeds // len(paths)  # that learn from one version
+    data = joined([part for path in paths for part in load_version(path, args, env, prey, seeds)])
     return data._replace(**{name: x.to(env.device) for name, x in data._asdict().items() if isinstance(x, Tensor)})
 
 
@@ -69,8 +71,9 @@ def versions(folder: Path, args) -> list[Path]:
     return own
 
 
-def load_version(path: Path, args, env, prey: dict | None) -> common.Dataset:
-    """One version, checked against the prey, cut to --data-fraction, its rewards standardised."""
+def load_version(path: Path, args, env, prey: dict | None, seeds: int) -> list[common.Dataset]:
+    """One version for `seeds` seeds, checked against the prey, its rewards standardised; with --data-fraction a share
+    of its trajectories for each seed."""
     data = common.load_dataset(path, env)
     made_with = data.metadata.get("prey_checksum")
     if prey is not None and made_with not in (None, policy_checksum(prey)):
@@ -81,10 +84,12 @@ def load_version(path: Path, args, env, prey: dict | None) -> common.Dataset:
     if row is not None:
         gap = f"next_obs of row {row} is not obs of row {row + 1} of the same episode"
         print(f"warning: {path}: {gap}; write whole episodes one after the other", file=sys.stderr)
-    if args.data_fraction < 1:
-        data = take_share(data, args.data_fraction)
-    reward = data.reward if args.raw_rewards else standardise(data.reward, data.done)
-    return data._replace(reward=reward * args.reward_scale)
+    parts = [data] if args.data_fraction == 1 else [take_share(data, args.data_fraction) for _ in range(seeds)]
+    for i, part in enumerate(parts):
+        reward = part.reward if args.raw_rewards else standardise(part.reward, part.done)
+        name = f"share {i + 1} of {path.name}" if len(parts) > 1 else path.name
+        parts[i] = part._replace(reward=reward * args.reward_scale, versions={name: len(part.returns)})
+    return parts
 
 
 def joined(parts: list[common.Dataset]) -> common.Dataset:
@@ -128,8 +133,7 @@ def take_share(data: common.Dataset, share: float) -> common.Dataset:
     kept = torch.randperm(len(data.returns))[: max(1, round(share * len(data.returns)))]
     rows, lengths = common.rows_of(data.starts[kept], data.lengths[kept]), data.lengths[kept]
     columns, starts = [getattr(data, name)[:, rows] for name in COLUMNS], lengths.cumsum(0) - lengths
-    versions = dict.fromkeys(data.versions, len(kept))
-    return common.Dataset(*columns, starts, lengths, data.returns[kept], data.metadata, versions)
+    return common.Dataset(*columns, starts, lengths, data.returns[kept], data.metadata, {})
 
 
 def standardise(reward: Tensor, done: Tensor) -> Tensor:

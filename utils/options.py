@@ -102,7 +102,7 @@ class DataArgs(Options):
     data_dir: Name = "datasets"
     """folder of the datasets; one that is missing in the default folder is made first"""
     data_fraction: Share = 1.0
-    """share of the dataset's trajectories to learn from"""
+    """share of the dataset's trajectories to learn from, another random share for each seed"""
     augment: bool = True
     """replicate high-return trajectories (Algorithm 1)"""
     quantiles: Quantiles = (0.5, 0.75, 0.9, 0.95, 0.99)
