@@ -51,7 +51,7 @@ class TrainingArgs(shared.TrainingArgs):
 
 
 @dataclass
-class Args(DataArgs, TrainingArgs, shared.NetworkArgs, options.EvaluationArgs, options.RunArgs):
+class Args(DataArgs, TrainingArgs, shared.ActorCriticArgs, options.EvaluationArgs, options.RunArgs):
     """All options of MA-TD3+BC."""
 
 

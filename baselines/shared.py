@@ -71,10 +71,18 @@ class TrainingArgs(options.TrainingArgs):
 
 @dataclass
 class NetworkArgs(options.Options):
-    """The policies and the critics."""
+    """The policies."""
 
     widths: Widths = (64, 64)
     """widths of the hidden layers"""
+
+
+@dataclass
+class ActorCriticArgs(NetworkArgs):
+    """The policies and the critics."""
+
+    critic_norm: bool = False
+    """layer normalisation (without parameters) before every ReLU of the critics"""
 
 
 def settings_table(particles: dict, mujoco: dict, rows: dict) -> dict:
@@ -172,8 +180,8 @@ def make_actor_critic(args, env) -> nn.ModuleDict:
     """Observation moments, policies, critics, and target copies of the latter two."""
     critic_class = BatchNormCritic if getattr(args, "batch_norm", False) else TwinCritic
     sizes = args.num_seeds * env.num_agents, env.obs_size, env.action_size
-    policy, critic = Policy(*sizes, args.widths, action_mask(args, env)), critic_class(*sizes, args.widths)
-    learners = with_targets(policy=policy, critic=critic)
+    policy = Policy(*sizes, args.widths, action_mask(args, env))
+    learners = with_targets(policy=policy, critic=critic_class(*sizes, args.widths, args.critic_norm))
     learners["norm"] = ObservationNorm(*sizes[:2])
     return learners.to(env.device)
 
@@ -211,7 +219,7 @@ class CQLArgs(TrainingArgs):
 
 
 @dataclass
-class CQLNetworkArgs(NetworkArgs):
+class CQLNetworkArgs(ActorCriticArgs):
     """The policies and the critics."""
 
     batch_norm: bool = True

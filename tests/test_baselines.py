@@ -223,6 +223,22 @@ def test_cql_critic_loss(policy_actions, part):
         close(metrics["losses/conservative"][i], conservative, 1e-7)
 
 
+@pytest.mark.parametrize("algorithm", (MA_TD3BC, MA_CQL, OMAR))
+def test_layer_normalisation_of_the_critics_is_an_option(algorithm):
+    """With it, Q does not change with the scale of a hidden layer's weights and biases."""
+    torch.manual_seed(0)
+    for norm in (False, True):
+        learners = algorithm.make_learners(options(algorithm, critic_norm=norm), env_of(L))
+        obs, action = torch.randn(L, B, D), torch.randn(L, B, A)
+        for name in ("critic", "target_critic"):
+            critic = learners[name]
+            q = critic(obs, action)
+            with torch.no_grad():
+                critic.layers[0].weight.mul_(100)
+                critic.layers[0].bias.mul_(100)
+            assert torch.allclose(critic(obs, action), q, rtol=0.02, atol=0.02) == norm
+
+
 def test_batch_norm_critic_sees_standardised_actions():
     critic = networks(shared.BatchNormCritic, L, D, A, (8, 5))
     obs, actions = normal(L, B, D), normal(L, B, 3, A, seed=1)
