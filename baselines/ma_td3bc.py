@@ -24,16 +24,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
 from baselines import shared
-from baselines.shared import DATASETS, act, make_actor_critic, make_optimizers, options, settings_table
+from baselines.shared import act, make_actor_critic, make_optimizers, options, settings_table
 from dom2_mpe import Algorithm, gradient_step, parse, program, sample_transitions, soft_update, train
-
-
-@dataclass
-class DataArgs(shared.DataArgs):
-    """What to learn from."""
-
-    raw_rewards: bool = True
-    """keep the rewards as they are; lambda divides by the scale of Q, so that alpha means the same for any of them"""
 
 
 @dataclass
@@ -51,19 +43,25 @@ class TrainingArgs(shared.TrainingArgs):
 
 
 @dataclass
-class Args(DataArgs, TrainingArgs, shared.ActorCriticArgs, options.EvaluationArgs, options.RunArgs):
+class Args(shared.DataArgs, TrainingArgs, shared.ActorCriticArgs, options.EvaluationArgs, options.RunArgs):
     """All options of MA-TD3+BC."""
 
 
-# alpha, noise, delay: TD3+BC's. Networks, rates and batches: OMAR's, whose authors ran it with them; its updates
-# on particles are OMAR's divided by the delay, but 1,000 on simple_tag random-medium.
+# alpha, noise, delay: TD3+BC's. Networks, rates and batches: OMAR's, whose authors ran it with them. Rewards, updates
+# and gamma on particles: found by experiment (docs/baselines.md).
+FEW, LOW_GAMMA = dict(updates=1_000), dict(updates=4_000, gamma=0.8)
 SETTINGS = settings_table(
-    particles=dict(updates=1_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
-    mujoco=dict(updates=5_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005),
+    particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
+    mujoco=dict(updates=5_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005, raw_rewards=True),
     rows={
-        "simple_spread": {"random": dict(updates=3_000)},
-        "simple_tag": {"medium-replay": dict(updates=500)},
-        "simple_world": {dataset: dict(updates=500) for dataset in DATASETS},
+        "simple_spread": {"random": FEW, "medium-replay": FEW},
+        "simple_tag": {
+            "random": FEW | dict(gamma=0.9),
+            "medium-replay": FEW,
+            "medium": LOW_GAMMA,
+            "expert": LOW_GAMMA,
+        },
+        "simple_world": {"random": FEW, "medium-replay": FEW, "medium": LOW_GAMMA},
     },
 )
 

@@ -1007,7 +1007,6 @@ def test_settings_of_omar_are_the_published_ones(scenario, dataset):
     args, cql = OMAR.args(scenario, dataset), MA_CQL.args(scenario, dataset)
     chosen_here = {"batch_norm"}
     assert all(getattr(cql, f.name) == getattr(args, f.name) for f in fields(cql) if f.name not in chosen_here)
-    assert scenario == "HalfCheetah" or args.updates == 2 * MA_TD3BC.args(scenario, dataset).updates
     assert args.batch_size == (256 if scenario == "HalfCheetah" else 1024) and args.max_grad_norm == 0.5
 
 
