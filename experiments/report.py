@@ -653,8 +653,8 @@ OVERVIEW = """# What did the experiments show?
 dataset in one environment. Each heading has its figure and a link to its table, which shows every mean and spread next
 to the paper's.
 
-The results of the particle environments are older than the present code, in which a moving average of the policies
-acts. Those of HalfCheetah are of the present code.
+The results of the particle environments, except those of MA-TD3+BC, are older than the present code, in which a moving
+average of the policies acts. Those of HalfCheetah are of the present code.
 """
 
 
