@@ -750,7 +750,7 @@ def test_data_fraction_keeps_whole_trajectories(small, data_dir):
     obs = np.stack([np.load(folder / f"obs_{i}.npy") for i in range(3)]).reshape(3, 20, EPISODE_STEPS, 18)
     choices = []
     for seed in (0, 1, 1):
-        data, results = sampled(DOM2.args(**small | dict(updates=1, data_fraction=0.25, seed=seed)))
+        data, results = sampled(DOM2.args(**small | dict(updates=1, data_fraction=0.25, seed=seed, num_seeds=1)))
         assert data.obs.shape == (3, 5 * EPISODE_STEPS, 18)
         kept = data.obs.view(3, 5, EPISODE_STEPS, 18).numpy()
         choices.append([next(e for e in range(20) if (obs[:, e] == kept[:, k]).all()) for k in range(5)])
