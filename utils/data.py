@@ -85,11 +85,11 @@ def load_version(path: Path, args, env, prey: dict | None, seeds: int) -> list[c
         gap = f"next_obs of row {row} is not obs of row {row + 1} of the same episode"
         print(f"warning: {path}: {gap}; write whole episodes one after the other", file=sys.stderr)
     parts = [data] if args.data_fraction == 1 else [take_share(data, args.data_fraction) for _ in range(seeds)]
-    for i, part in enumerate(parts):
-        reward = part.reward if args.raw_rewards else standardise(part.reward, part.done)
-        name = f"share {i + 1} of {path.name}" if len(parts) > 1 else path.name
-        parts[i] = part._replace(reward=reward * args.reward_scale, versions={name: len(part.returns)})
-    return parts
+    if len(parts) > 1:  # each needs a name of its own
+        parts = [x._replace(versions={f"share {i} of {path.name}": len(x.returns)}) for i, x in enumerate(parts, 1)]
+    if not args.raw_rewards:
+        parts = [x._replace(reward=standardise(x.reward, x.done)) for x in parts]
+    return [x._replace(reward=x.reward * args.reward_scale) for x in parts]
 
 
 def joined(parts: list[common.Dataset]) -> common.Dataset:
@@ -133,7 +133,8 @@ def take_share(data: common.Dataset, share: float) -> common.Dataset:
     kept = torch.randperm(len(data.returns))[: max(1, round(share * len(data.returns)))]
     rows, lengths = common.rows_of(data.starts[kept], data.lengths[kept]), data.lengths[kept]
     columns, starts = [getattr(data, name)[:, rows] for name in COLUMNS], lengths.cumsum(0) - lengths
-    return common.Dataset(*columns, starts, lengths, data.returns[kept], data.metadata, {})
+    versions = dict.fromkeys(data.versions, len(kept))
+    return common.Dataset(*columns, starts, lengths, data.returns[kept], data.metadata, versions)
 
 
 def standardise(reward: Tensor, done: Tensor) -> Tensor:
