@@ -310,10 +310,10 @@ def read_rows(target: Target, results_dir: Path) -> list[Row]:
 
 
 def comparable(here: dict[Variant, Score]) -> dict[Variant, Score]:
-    """Without results of earlier code, whose seeds begin with 0, where the row has later ones."""
+    """Without results of earlier code, whose seeds begin with 0, where the row has later ones or tells seeds apart."""
     later = {v: s for v, s in here.items() if s.raw["settings"]["seed"] == FIRST_SEED}
     other_seeds = {v: s for v, s in here.items() if "seed" in dict(v.options)}
-    return later | other_seeds if later else here
+    return later | other_seeds or here
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -510,13 +510,15 @@ def test_results_of_the_first_seeds_are_not_shown_beside_later_ones(tmp_path):
     old, new = ({"settings": {"seed": seed, "num_seeds": 1}} for seed in (0, 10))
     plain, tuning = report.SEEDS
     bc = Variant("bc")
-    for variant, dataset, made in ((plain, "random", new), (bc, "random", old), (bc, "expert", old)):
+    made_with = ((plain, "random", new), (bc, "random", old), (bc, "expert", old), (plain, "medium", old))
+    for variant, dataset, made in made_with:
         save(tmp_path, Cell(variant, "simple_tag", dataset), {"none": [1.0]}, **made)
-    save(tmp_path, Cell(tuning, "simple_tag", "random"), {"none": [1.0]})
+    for dataset in ("random", "medium"):
+        save(tmp_path, Cell(tuning, "simple_tag", dataset), {"none": [1.0]})
     rows = {(r.scenario, r.dataset): set(r.here) for r in report.read_rows(report.TARGETS["table1"], tmp_path)}
     assert rows["simple_tag", "random"] == {plain} and rows["simple_tag", "expert"] == {bc}
     rows = {(r.scenario, r.dataset): set(r.here) for r in report.read_rows(report.TARGETS["seeds"], tmp_path)}
-    assert rows["simple_tag", "random"] == {plain, tuning}
+    assert rows["simple_tag", "random"] == {plain, tuning} and rows["simple_tag", "medium"] == {tuning}
 
 
 @pytest.mark.parametrize("size", range(1, 14))
