@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import sys
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -161,6 +163,13 @@ def replay(task: str, behaviour: dict):
         yield rollout(env, lambda obs, step, actions=actions: actions[step])
 
 
+def start_worker() -> None:
+    """Prepare a worker process: one thread, and an end as soon as the main process ends, even if that is killed."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 @cache
 def worker_env(task: str, num_envs: int):
     """The environments of one core, made once."""
@@ -185,7 +194,7 @@ def parallel_rollouts(task: str, policies, action_noise: float, seed: tuple[int,
     pending, left, expected = deque(), num_transitions, num_envs * steps
     workers = min(usable_cores(), -(-num_transitions // expected), 61)  # Windows allows no more than 61
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, spawn, start_worker) as pool:
         while left > 0:
             while not pending or (len(pending) <= workers and len(pending) * expected < left):
                 pending.append(pool.submit(rollout_block, *next(work)))

@@ -184,6 +184,25 @@ def test_mixtures_are_half_and_half_by_episodes(scenario, data_dir, pretrained):
     assert (worst > 0.6).sum() == (worst < 0.6).sum() == 10
 
 
+def test_the_workers_of_a_killed_collection_end_with_it():
+    code = (
+        "import multiprocessing, os, time; from concurrent.futures import ProcessPoolExecutor\n"
+        "from collect_datasets import start_worker\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), start_worker)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=common.ROOT) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        try:
+            parent.communicate(timeout=60)  # until the worker, too, has closed its output
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGTERM)
+            pytest.fail("the worker outlived the program")
+
+
 def test_many_episodes_come_in_blocks(tmp_path, collect, pretrained):
     """More episodes than worlds: two blocks for each half, none of them played twice."""
     metadata = collect("simple_tag", "random-medium", tmp_path, 25 * 2101)
