@@ -186,21 +186,22 @@ def test_mixtures_are_half_and_half_by_episodes(scenario, data_dir, pretrained):
 
 def test_the_workers_of_a_killed_collection_end_with_it():
     code = (
-        "import multiprocessing, os, time; from concurrent.futures import ProcessPoolExecutor\n"
-        "from collect_datasets import start_worker\n"
+        "import time; from collect_datasets import parallel_rollouts\n"
         "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), start_worker)\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    blocks = parallel_rollouts('Reacher', None, 0.1, (0,), 1_000_000)\n"
+        "    next(blocks)\n"
+        "    print('working', flush=True)\n"
         "    time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=common.ROOT) as parent:
-        worker = int(parent.stdout.readline())
+    options = dict(stdout=subprocess.PIPE, text=True, cwd=common.ROOT, start_new_session=True)
+    with subprocess.Popen([sys.executable, "-c", code], **options) as parent:
+        assert parent.stdout.readline() == "working\n"
         parent.kill()
         try:
-            parent.communicate(timeout=60)  # until the worker, too, has closed its output
+            parent.communicate(timeout=60)  # until the workers, too, have closed their output
         except subprocess.TimeoutExpired:
-            os.kill(worker, signal.SIGTERM)
-            pytest.fail("the worker outlived the program")
+            os.killpg(parent.pid, signal.SIGKILL)
+            pytest.fail("a worker outlived the program")
 
 
 def test_many_episodes_come_in_blocks(tmp_path, collect, pretrained):
