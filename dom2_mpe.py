@@ -58,7 +58,7 @@ class DataArgs(options.DataArgs):
 class TrainingArgs(options.TrainingArgs):
     """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
-    actor_lr: Share = 3e-3
+    actor_lr: Share = 1e-2
     """Adam's learning rate of the diffusion policies"""
     critic_lr: Share = 1e-2
     """Adam's learning rate of the critics"""
@@ -112,25 +112,25 @@ class Args(DataArgs, TrainingArgs, NetworkArgs, options.EvaluationArgs, options.
 
 # Values that replace the defaults for one dataset, found by experiment (docs/settings.md). Command-line options win.
 SETTINGS = {
-    ("simple_spread", "random"): dict(updates=5_000, batch_size=1024, critic_widths=(128, 128), eta=60.0),
-    ("simple_spread", "random-medium"): dict(critic_widths=(128, 128)),
-    ("simple_spread", "medium-replay"): dict(updates=2_000, batch_size=1024, critic_widths=(128, 128), zeta=0.1),
-    ("simple_spread", "medium"): dict(updates=2_000, batch_size=1024, zeta=0.1),
-    ("simple_spread", "medium-expert"): dict(updates=2_000, batch_size=1024, zeta=0.1),
-    ("simple_spread", "expert"): dict(updates=2_000, batch_size=1024, zeta=0.1),
-    ("simple_tag", "random"): dict(updates=4_000, critic_widths=(128, 128), gamma=0.9, eta=40.0),
-    ("simple_tag", "medium-replay"): dict(updates=2_000, batch_size=1024),
-    ("simple_tag", "medium"): dict(updates=8_000, gamma=0.8, eta=1.0),
-    ("simple_tag", "medium-expert"): dict(updates=4_000, eta=1.0),
-    ("simple_tag", "expert"): dict(updates=8_000, gamma=0.8, eta=1.0),
-    ("simple_world", "random"): dict(critic_widths=(128, 128), eta=10.0),
-    ("simple_world", "medium-replay"): dict(updates=2_000, batch_size=1024),
-    ("simple_world", "medium"): dict(updates=4_000, batch_size=1024, gamma=0.8, eta=1.0),
-    ("simple_world", "medium-expert"): dict(updates=2_000, batch_size=1024, eta=1.0),
-    ("simple_world", "expert"): dict(updates=2_000, batch_size=1024, eta=1.0),
-    **{("landmarks6", d): dict(updates=5_000, shift=("dismiss",)) for d in DATASETS[:3]},  # up to medium-replay
-    **{("landmarks6", d): dict(updates=4_000, eta=1.0, shift=("dismiss",)) for d in DATASETS[3:]},
+    ("simple_spread", "random"): dict(updates=5_000, actor_lr=3e-3, critic_widths=(128, 128), eta=60.0),
+    ("simple_spread", "random-medium"): dict(updates=1_500, critic_widths=(128, 128)),
+    ("simple_spread", "medium-replay"): dict(updates=1_500, critic_widths=(128, 128), zeta=0.1),
+    ("simple_spread", "medium"): dict(gamma=0.9, zeta=0.1),
+    ("simple_spread", "medium-expert"): dict(zeta=0.1),
+    ("simple_spread", "expert"): dict(zeta=0.1),
+    ("simple_tag", "random"): dict(actor_lr=3e-3, critic_widths=(128, 128), gamma=0.9, eta=40.0),
+    ("simple_tag", "medium-replay"): dict(updates=1_000),
+    ("simple_tag", "medium"): dict(updates=4_000, gamma=0.8, eta=1.0),
+    ("simple_tag", "medium-expert"): dict(updates=2_500, gamma=0.8, eta=1.0),
+    ("simple_tag", "expert"): dict(updates=4_000, gamma=0.8, eta=1.0),
+    ("simple_world", "random"): dict(actor_lr=3e-3, critic_widths=(128, 128), eta=40.0),
+    ("simple_world", "medium-replay"): dict(updates=1_500),
+    ("simple_world", "medium"): dict(updates=4_000, gamma=0.8, eta=1.0),
+    ("simple_world", "medium-expert"): dict(updates=2_500, eta=1.0),
+    ("simple_world", "expert"): dict(updates=4_000, eta=2.0),
 }
+LANDMARKS6 = dict(updates=4_000, batch_size=256, actor_lr=3e-3, shift=("dismiss",))
+SETTINGS |= {("landmarks6", d): LANDMARKS6 | dict(eta=5.0 if d in DATASETS[:3] else 1.0) for d in DATASETS}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -54,11 +54,12 @@ SETTINGS = settings_table(
     particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
     mujoco=dict(updates=5_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005, raw_rewards=True),
     rows={
-        "simple_spread": {"random": FEW, "medium-replay": FEW},
+        "simple_spread": {"random": FEW, "random-medium": FEW, "medium-replay": FEW, "medium": FEW},
         "simple_tag": {
             "random": FEW | dict(gamma=0.9),
             "medium-replay": FEW,
             "medium": LOW_GAMMA,
+            "medium-expert": LOW_GAMMA,
             "expert": LOW_GAMMA,
         },
         "simple_world": {"random": FEW, "medium-replay": FEW, "medium": LOW_GAMMA},

@@ -283,6 +283,11 @@ class Row(NamedTuple):
     here: dict[Variant, Score]  # of the cells that have been run
     paper: dict[Variant, tuple[float, float]]  # mean and std
 
+    @property
+    def is_old(self) -> bool:
+        """Results of earlier settings and code, whose seeds begin with 0; their row is made again as a whole."""
+        return any(score.raw["settings"]["seed"] != FIRST_SEED and not v.options for v, score in self.here.items())
+
     def best(self, paper: bool = False) -> Variant | None:
         """The highest mean return here, or in the paper; None unless there are two to compare."""
         means = {v: score.returns.mean() for v, score in self.here.items()}
@@ -392,7 +397,8 @@ def markdown(target: Target, rows: list[Row]) -> str:
     text = (
         f"# {target.title}\n\n"
         "Returns: mean ± standard deviation over seeds here / the same in the paper; bold is the best here.\n"
-        "Normalised scores: interquartile mean over seeds [95% bootstrap interval]. A dash: not run here.\n\n"
+        "Normalised scores: interquartile mean over seeds [95% bootstrap interval]. A dash: not run here.\n"
+        "A star: seeds 0 to 2 with earlier settings, to be made again.\n\n"
         f"{summary(target, rows)}\n"
     )
     for shift, scenario in dict.fromkeys((row.shift, row.scenario) for row in rows):
@@ -404,7 +410,8 @@ def markdown(target: Target, rows: list[Row]) -> str:
         scores = [["normalised score", *labels]]
         for row in group:
             winners = [variant.label if variant else "-" for variant in (row.best(), row.best(paper=True))]
-            returns.append([row.dataset, *(show_return(row, v) for v in columns), show_data(row), *winners])
+            name = row.dataset + ("*" if row.is_old else "")
+            returns.append([name, *(show_return(row, v) for v in columns), show_data(row), *winners])
             scores.append([row.dataset, *(show_score([row], v) for v in columns)])
         scores.append(["all", *(show_score(group, v) for v in columns)])
         text += f"\n## {scenario}, {'standard' if shift == 'none' else shift}\n\n{markdown_table(returns)}"
@@ -653,8 +660,9 @@ OVERVIEW = """# What did the experiments show?
 dataset in one environment. Each heading has its figure and a link to its table, which shows every mean and spread next
 to the paper's.
 
-The results of the particle environments, except those of MA-TD3+BC, are older than the present code, in which a moving
-average of the policies acts. Those of HalfCheetah are of the present code.
+Everything is being made again with today's code and settings and five seeds, 10 to 14, row by row: the settings were
+chosen with the seeds 0 to 2. The tables mark the other rows with a star. These have earlier settings and the seeds 0 to
+2, and in the particle environments also earlier code, in which the policies acted themselves and not their average.
 """
 
 

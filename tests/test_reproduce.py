@@ -506,7 +506,7 @@ def save(folder, cell, returns, **further):
 
 
 def test_results_of_the_first_seeds_are_not_shown_beside_later_ones(tmp_path):
-    """Those of the seeds 0 to 2 were made by earlier code. One study has these seeds on purpose."""
+    """Those of the seeds 0 to 2 were made by earlier code, their rows have a star; one study has them on purpose."""
     old, new = ({"settings": {"seed": seed, "num_seeds": 1}} for seed in (0, 10))
     plain, tuning = report.SEEDS
     bc = Variant("bc")
@@ -517,6 +517,9 @@ def test_results_of_the_first_seeds_are_not_shown_beside_later_ones(tmp_path):
         save(tmp_path, Cell(tuning, "simple_tag", dataset), {"none": [1.0]})
     rows = {(r.scenario, r.dataset): set(r.here) for r in report.read_rows(report.TARGETS["table1"], tmp_path)}
     assert rows["simple_tag", "random"] == {plain} and rows["simple_tag", "expert"] == {bc}
+    lines = [line for line in report.write_report("table1", tmp_path).splitlines() if line.startswith("| ")]
+    starred = {line.split("|")[1].strip() for line in lines if "*" in line.split("|")[1]}
+    assert starred == {"medium*", "expert*"}
     rows = {(r.scenario, r.dataset): set(r.here) for r in report.read_rows(report.TARGETS["seeds"], tmp_path)}
     assert rows["simple_tag", "random"] == {plain, tuning} and rows["simple_tag", "medium"] == {tuning}
 

@@ -101,13 +101,14 @@ def test_these_settings_are_those_of_the_command_line():
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_raw_results_were_made_with_the_settings_that_their_cells_have_today(folder):
-    """Except bfloat16, which was the default on some machines, and the seeds, which were 0 to 2 at first."""
+    """Except those with the seeds from 0, which are of earlier settings and have a star in the tables."""
     for path, results in in_folder(folder):
+        if results["settings"]["seed"] == 0:
+            continue
         plain = report.Cell(report.Variant(results["algorithm"]), results["scenario"], results["dataset"])
         cell = CELLS.get(path, plain)
         job = reproduce.Job(cell, (), settings(cell), path.parent, path)
-        found = reproduce.differences(results, job)
-        assert all(found[name] == {"bf16": True, "seed": 0, "num_seeds": 3}.get(name) for name in found), (path, found)
+        assert reproduce.differences(results, job) == {}, path
 
 
 def test_raw_results_are_from_the_datasets_of_the_table():

@@ -987,7 +987,7 @@ def test_help_explains_every_option(what, script, tmp_path):
 
 def test_help_shows_the_settings_of_what_is_given(script, copied):
     out = script(DOM2, "--scenario", "simple_tag", "--dataset", "medium", "--help")[1]
-    assert re.search(r"--updates .*\(default: 8000\)", out)
+    assert re.search(r"--updates .*\(default: 4000\)", out)
     out = script(DOM2, "--resume", str(copied), "--help")[1]
     assert re.search(r"--updates .*\(default: 6\)", out)
 

@@ -125,9 +125,9 @@ class TrainingArgs(Options):
     """seed of the first run, and of everything random"""
     num_seeds: Count = 1
     """independent runs S, trained side by side in one program"""
-    updates: Count = 3_000
+    updates: Count = 2_000
     """gradient steps T of Algorithm 2"""
-    batch_size: Count = 256
+    batch_size: Count = 1024
     """transitions per learner and update"""
 
 
