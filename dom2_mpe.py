@@ -127,7 +127,7 @@ SETTINGS = {
     ("simple_world", "medium-replay"): dict(updates=1_500),
     ("simple_world", "medium"): dict(updates=4_000, gamma=0.8, eta=1.0),
     ("simple_world", "medium-expert"): dict(updates=2_500, eta=1.0),
-    ("simple_world", "expert"): dict(updates=4_000, eta=2.0),
+    ("simple_world", "expert"): dict(updates=4_000, eta=1.0),
 }
 LANDMARKS6 = dict(updates=4_000, batch_size=256, actor_lr=3e-3, shift=("dismiss",))
 SETTINGS |= {("landmarks6", d): LANDMARKS6 | dict(eta=5.0 if d in DATASETS[:3] else 1.0) for d in DATASETS}

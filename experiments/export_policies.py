@@ -51,6 +51,7 @@ PAGE = """# Trained policies
 Each file holds DOM2's target policies of one run: what acting needs, no critics and optimisers.
 [How to load, evaluate and play them](../../docs/environments.md#trained-policies).
 The table shows mean returns over the seeds, in the standard and in the shifted environments, with the last parameters.
+Policies of the seed 0 were made before commit 2dfb96b, most of them with earlier settings. Each file holds its own.
 `python experiments/export_policies.py` writes the files and this page.
 
 """

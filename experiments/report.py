@@ -286,7 +286,9 @@ class Row(NamedTuple):
     @property
     def is_old(self) -> bool:
         """Results of earlier settings and code, whose seeds begin with 0; their row is made again as a whole."""
-        return any(score.raw["settings"]["seed"] != FIRST_SEED and not v.options for v, score in self.here.items())
+        return any(
+            s.raw["settings"]["seed"] != FIRST_SEED and "seed" not in dict(v.options) for v, s in self.here.items()
+        )
 
     def best(self, paper: bool = False) -> Variant | None:
         """The highest mean return here, or in the paper; None unless there are two to compare."""
@@ -571,7 +573,7 @@ STATISTICS = """A task is one dataset in one environment. The tables show, for e
 - the probability that a seed of DOM2 scores higher than a seed of this algorithm on the same task, averaged over tasks.
 
 In brackets are 95% intervals by stratified bootstrap (Agarwal et al. 2021). A dash: not all tasks have been run. The
-CSV has the cells behind the numbers.
+CSV has the cells behind the numbers. Rows with a star in the tables count as well.
 """
 
 
@@ -661,8 +663,9 @@ dataset in one environment. Each heading has its figure and a link to its table,
 to the paper's.
 
 Everything is being made again with today's code and settings and five seeds, 10 to 14, row by row: the settings were
-chosen with the seeds 0 to 2. The tables mark the other rows with a star. These have earlier settings and the seeds 0 to
-2, and in the particle environments also earlier code, in which the policies acted themselves and not their average.
+chosen with the seeds 0 to 2. The tables mark the other rows with a star. These have the seeds 0 to 2, DOM2 mostly with
+earlier settings, and in the particle environments also earlier code, in which the policies acted themselves and not
+their average ([more](../results/README.md#raw-results)).
 """
 
 
