@@ -116,13 +116,8 @@ def load_dataset(path: Path, env) -> Dataset:
     Raises:
         UserError: a file is missing, damaged, of a shape that does not fit the others or the scenario, or not finite.
     """
-    n, metadata, one, obs, acs = (
-        env.num_agents,
-        read_metadata(path),
-        (1,) * env.num_agents,
-        env.obs_sizes,
-        env.action_sizes,
-    )
+    n, metadata = env.num_agents, read_metadata(path)
+    obs, acs, one = env.obs_sizes, env.action_sizes, (1,) * n
     widths = {"obs": obs, "acs": acs, "rews": one, "next_obs": obs, "dones": one}
     widths |= {"timeouts": one} if has_array(path, "timeouts", metadata) else {}  # where episodes were cut short
     arrays = {}
@@ -134,7 +129,12 @@ def load_dataset(path: Path, env) -> Dataset:
                 raise damaged(path, f"{path}: {name}_{agent}.npy has {len(column)} rows, obs_0.npy {rows}")
         arrays[name] = torch.stack(columns)
     done, reward = arrays["dones"][..., 0], arrays["rews"][..., 0]
-    ended = sum(arrays[name][..., 0].amax(0) for name in ("dones", "timeouts") if name in arrays) > 0  # [T]
+    flags = {name: arrays[name][..., 0] > 0 for name in ("dones", "timeouts") if name in arrays}  # each [n, T]
+    for name, of_agents in flags.items():
+        differ = (of_agents.any(0) != of_agents.all(0)).nonzero()
+        if len(differ):
+            raise damaged(path, f"{path}: {name}: the agents differ in row {differ[0].item()}; all must end together")
+    ended = torch.stack([of_agents[0] for of_agents in flags.values()]).any(0)  # [T]
     lengths = episode_lengths(ended, env.episode_steps)
     if not len(ended) or (lengths[-1] != env.episode_steps and not ended[-1]):
         raise damaged(path, f"{path}: {len(ended)} rows are no whole number of {env.episode_steps}-step episodes")

@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -313,7 +312,7 @@ class DiffusionPolicy(nn.Module):
 
     def eps(self, noisy_action: Tensor, obs: Tensor, t: float) -> Tensor:
         """eps_theta(a, o, tau), [L, B, A]."""
-        x = noisy_action if self.mask.numel() == 1 else noisy_action * self.mask  # a product by 1 changes rounding
+        x = noisy_action if self.mask.numel() == 1 else noisy_action * self.mask
         f = self.net(x, obs, t)
         if self.prediction == "noise":
             return f
@@ -562,7 +561,7 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
 
 
 DOM2 = Algorithm("dom2", Args, SETTINGS, make_learners, make_optimizers, sample_batch, update, act)
-load_policy = partial(TrainedPolicy, algorithm=DOM2)
+load_policy = TrainedPolicy
 
 
 def train(args, algorithm: Algorithm = DOM2) -> dict:
@@ -574,7 +573,7 @@ def train(args, algorithm: Algorithm = DOM2) -> dict:
 
     def replicas(returns):
         thresholds = args.thresholds or returns.quantile(returns.new_tensor(args.quantiles)).tolist()
-        return augment(returns, args.copies * thresholds if args.augment else ())
+        return augment(returns, [*thresholds] * args.copies if args.augment else ())
 
     data = data and data.replicated(replicas)  # line 2
     learners = algorithm.make_learners(args, env)  # line 1

@@ -23,11 +23,12 @@ from gymnasium.spaces import Box
 from pettingzoo import ParallelEnv
 from torch import Tensor
 
+from utils.arrays import as_int
 from utils.program import UserError
 
 OWN = "module:function"  # the form of the name; also the key of settings that hold for every such environment
 LONGEST = 10_000  # steps of an episode in which the time limit is looked for
-COUNTED = {}  # {task: steps of its episodes}
+COUNTED = {}  # {(task, its attribute episode_steps): steps of its episodes}
 
 
 def is_own(scenario: str) -> bool:
@@ -82,15 +83,17 @@ def one_line(message: str) -> UserError:
 
 
 @contextmanager
-def users_code(task: str, what: str):
-    """Within the context an exception becomes a UserError that names the file and line it comes from."""
+def users_code(task: str, what: str, call: str = ""):
+    """Within the context an exception becomes a UserError that names the file and line it comes from, or how the
+    user's function is called where its arguments do not fit."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else f"it is called {call}"
+        reason = f"{type(error).__name__}: {error} ({place})"
         raise one_line(f"--scenario {task}: {what} failed with {reason}; mend it") from error
 
 
@@ -106,7 +109,7 @@ def load_function(task: str):
         missing = getattr(error.__cause__, "name", None) if isinstance(error.__cause__, ModuleNotFoundError) else None
         if missing is None or not f"{module_name}.".startswith(f"{missing}."):
             raise
-        where = f"neither in the current folder, {os.getcwd()}, nor on Python's path"
+        where = f"in the current folder, {os.getcwd()}, or on Python's path"
         remedy = "start in the folder that holds it or add that folder to PYTHONPATH"
         raise one_line(f"--scenario {task}: there is no module {missing} {where}; {remedy}") from None
     if not callable(getattr(module, name, None)):
@@ -174,7 +177,7 @@ class OwnEnv:
         if num_envs < 1:
             raise ValueError(f"num_envs {num_envs}: must be at least 1")
         function, options = load_function(task), {}
-        with users_code(task, "the function"):
+        with users_code(task, "the function", "without arguments, or with render_mode where it has that one"):
             if render_mode is not None and "render_mode" in inspect.signature(function).parameters:
                 options["render_mode"] = render_mode
             self.envs = [function(**options) for _ in range(num_envs)]
@@ -199,16 +202,23 @@ class OwnEnv:
     def _time_limit(self) -> int:
         """Steps of an episode that the time limit ends."""
         given = getattr(self.envs[0], "episode_steps", None)
-        if given is None:
-            if self.task not in COUNTED:
-                COUNTED[self.task] = self._count_steps()
-            return COUNTED[self.task]
-        if not isinstance(given, int) or given < 1:
-            raise self._error(f"its attribute episode_steps is {given!r}; give a whole number of at least 1")
-        return given
+        if given is not None:
+            try:
+                given = as_int(given, "episode_steps", 1)
+            except UserError:
+                raise self._error(
+                    f"its attribute episode_steps is {given!r}; give a whole number of at least 1"
+                ) from None
+        if (self.task, given) not in COUNTED:
+            self._limit = given
+            COUNTED[self.task, given] = self._count_steps(given)
+        return COUNTED[self.task, given]
 
-    def _count_steps(self) -> int:
-        """Steps of the first of ten episodes of random actions that does not terminate, played in copy 0."""
+    def _count_steps(self, given: int | None) -> int:
+        """Steps of the first of ten episodes of random actions that does not terminate, played in copy 0.
+
+        They are played with the limit `given` as well, so that a fault shows now and not after hours of training.
+        """
         generator = np.random.default_rng(0)
         for _ in range(10):
             self.reset()
@@ -219,8 +229,11 @@ class OwnEnv:
             if self._running[0]:
                 break
             if not self._terminated[0]:
-                self._episode = 0
-                return self._steps
+                given = self._steps
+                break
+        if given:
+            self._episode = 0
+            return given
         found = f"none within {LONGEST:,} steps" if self._running[0] else "ten episodes of random actions terminated"
         raise self._error(f"no time limit found ({found}); give the environment an attribute episode_steps")
 
@@ -231,7 +244,7 @@ class OwnEnv:
         """Start a new episode in every copy. Returns obs [E, n, d]."""
         for i, env in enumerate(self.envs):
             seed = int(np.random.SeedSequence([self._seed, i, self._episode]).generate_state(1)[0]) >> 1  # an int32
-            with users_code(self.task, "reset()"):
+            with users_code(self.task, "reset()", "with seed=..."):
                 obs, _ = self._dicts(env.reset(seed=seed), "reset", 2)
                 self._observe(i, obs)
         self._episode, self._steps = self._episode + 1, 0
@@ -275,7 +288,7 @@ class OwnEnv:
         rewards = np.zeros((self.num_envs, self.num_agents), np.float32)
         self._steps += 1
         for i in np.flatnonzero(self._running):
-            with users_code(self.task, "step()"):
+            with users_code(self.task, "step()", "with a dict of actions"):
                 returned = self.envs[i].step({name: action[i] for name, action in actions.items()})
                 obs, reward, terminations, truncations, _ = self._dicts(returned, "step", 5)
                 over = self._ended(i, terminations, truncations)
@@ -309,11 +322,11 @@ class OwnEnv:
         Raises:
             RuntimeError: the environment draws none.
         """
+        remedy = "let the function take render_mode and pass it on, and the environment know 'rgb_array'"
         try:
             image = self.envs[i].render()
         except Exception as error:
-            raise RuntimeError(f"render() of {self.task} failed ({type(error).__name__}: {error})") from None
+            raise RuntimeError(f"render() of {self.task} failed ({type(error).__name__}: {error}); {remedy}") from None
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
-            remedy = "let the function take render_mode and pass it on, and the environment know 'rgb_array'"
             raise RuntimeError(f"render() of {self.task} returned no image; {remedy}")
         return image

@@ -16,7 +16,7 @@ import common
 from utils.evaluation import save_video
 from utils.frozen import policy_action
 from utils.options import Count, Options, Seed, Shift
-from utils.policies import TrainedPolicy, algorithm_of
+from utils.policies import TrainedPolicy
 from utils.program import UserError, disk_errors, program
 
 
@@ -65,7 +65,7 @@ def show(images) -> None:
 
 
 def main(args: Args) -> None:
-    images = play(TrainedPolicy(args.policy, args.seed_index, algorithm=algorithm_of(args.policy)), args)
+    images = play(TrainedPolicy(args.policy, args.seed_index), args)
     try:
         if not args.output:
             return show(images)

@@ -26,7 +26,7 @@ from own_env import OWN, is_own
 from particle_env import SCENARIOS, ParticleEnv
 from utils import evaluation
 from utils.accelerate import compiled, cuda_graph
-from utils.checkpoints import finite_state, load_checkpoint, locked, new_run_dir, restore
+from utils.checkpoints import drop_damaged, finite_state, load_checkpoint, locked, new_run_dir, restore
 from utils.data import alike, statistics
 from utils.frozen import load_prey, policy_action
 from utils.options import parse_groups
@@ -125,7 +125,7 @@ class Run:
         self.prey = self.checkpoint["prey"] if self.checkpoint else scenario_prey(args)
         self.evaluates, self.stopped = False, []
         for shift in ("none", *args.shift):  # an unknown one is noticed here, not after the training
-            self.action_mask = self.make_env(1, shift).action_mask
+            self.action_mask = self.make_env(2, shift).action_mask  # two: do copies of an own environment agree?
 
     def _compare(self, stored) -> None:
         """Raise a UserError if an option differs from the run's own and can no longer be changed."""
@@ -199,6 +199,8 @@ class Run:
         with disk_errors(self.path, f"free some space; {self.continuation()} goes on"), locked(self.path):
             if self.checkpoint is None:  # a run that is killed before its first evaluation can be continued as well
                 self.save()
+            else:
+                drop_damaged(self.path)
             self.writer = SummaryWriter(self.path, purge_step=self.first_update + 1)
             every = 0.1 if sys.stderr.isatty() else 10  # seconds between lines in a log file
             options = dict(unit="update", dynamic_ncols=True, mininterval=every, maxinterval=every)
@@ -309,12 +311,12 @@ class Run:
         }
         if args.scenario == "landmarks6":
             results["assignments"] = {shift: evaluation.assignments(self, shift) for shift in self.returns}
+        print(evaluation.closing_table(results))
         name = "evaluation.json" if args.eval_only else "results.json"
         with disk_errors(self.path, f"free some space; {self.continuation()} goes on"):
             write_file(self.path / name, json.dumps(results, indent=2).encode() + b"\n")
             gif = self.path / ("evaluation.gif" if args.eval_only else "policy.gif")
             video = evaluation.write_gif(self, gif) if args.capture_video else None
-        print(evaluation.closing_table(results))
         if video:
             print(video)
         print(f"{self.path}: {name}" if args.eval_only else f"{self.path}: {name}, checkpoint.pt, TensorBoard events")

@@ -117,12 +117,12 @@ def sample_batch(data, args: Args) -> tuple[Batch, ...]:
 def update(learners: nn.ModuleDict, optimizers: dict, batches: tuple[Batch, ...], args: Args) -> dict[str, Tensor]:
     """`policy_delay` steps of the critics, one of policies and targets. Returns metrics, each [L]."""
     policy, critic = learners["policy"], learners["critic"]
-    noise = args.gamma, args.target_noise, args.target_noise_clip
+    targets = learners["target_critic"], learners["target_policy"]
     for raw in batches:
         batch = learners["norm"].standardise(raw)
-        td = critic_loss(critic, learners["target_critic"], learners["target_policy"], batch, *noise)
+        td = critic_loss(critic, *targets, batch, args.gamma, args.target_noise, args.target_noise_clip)
         gradient_step(learners, optimizers, "critic", td, args.max_grad_norm)
-    loss, metrics = policy_loss(policy, critic, batch, args.alpha)
+    loss, metrics = policy_loss(policy, critic, batch, args.alpha)  # on the critics' last minibatch
     gradient_step(learners, optimizers, "policy", loss, args.max_grad_norm)
     for name in ("policy", "critic"):
         soft_update(learners[f"target_{name}"], learners[name], args.rho)

@@ -440,6 +440,18 @@ def test_episodes_that_end_early_are_learned_from(script, data_dir, tmp_path):
     assert results["data"]["transitions"] == 100 and np.isfinite(results["returns"]["none"]).all()
 
 
+@pytest.mark.parametrize("agents, row", [((0,), 12), ((1, 2), 7), ((0,), 24)])
+def test_agents_that_end_at_different_times_are_refused(agents, row, data_dir, tmp_path):
+    """A team's episode ends for all at once. Also where the time limit ends it anyway: the flags are wrong."""
+    folder = own_data(tmp_path, data_dir, 50, ())
+    for agent in agents:
+        dones = np.load(folder / f"dones_{agent}.npy")
+        dones[row] = 1
+        np.save(folder / f"dones_{agent}.npy", dones)
+    with pytest.raises(UserError, match=f"dones: the agents differ in row {row};"):
+        load(tmp_path, "simple_spread", "random")
+
+
 def test_actions_that_no_policy_can_take_are_reported(data_dir, tmp_path, capsys):
     folder = own_data(tmp_path, data_dir, 500, ())
     args = options(tmp_path, scenario="simple_spread", dataset="random")
@@ -1003,7 +1015,8 @@ def test_a_refusal_while_replacing_keeps_the_old_dataset(tmp_path, collect, monk
     monkeypatch.setattr(os, "rename", refused)
     with pytest.raises(UserError) as error:
         collect("simple_tag", "random", tmp_path, num_transitions=50, overwrite=True)
-    assert str(error.value) == f"{tmp_path / 'simple_tag' / 'random' / 'seed_0_data'}: Permission denied"
+    folder = tmp_path / "simple_tag" / "random" / "seed_0_data"
+    assert str(error.value) == f"{folder}: Permission denied; make it writable, or use a copy of it"
     assert contents(tmp_path) == before
 
 

@@ -1105,27 +1105,6 @@ def sources():
     return {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text()) for p in paths}
 
 
-def definitions(path):
-    """{name: text} of a script's top-level functions, classes and values."""
-    text, found = (ROOT / path).read_text(), {}
-    for node in ast.parse(text).body:
-        name = getattr(node, "name", None) or (isinstance(node, ast.Assign) and node.targets[0].id)
-        if name:
-            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-            found[name] = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
-    return found
-
-
-def test_both_scripts_of_dom2_are_the_same_text():
-    """But for their environments' options, defaults and settings."""
-    mpe, mujoco = definitions("dom2_mpe.py"), definitions("dom2_mamujoco.py")
-    own = {"DataArgs", "TrainingArgs", "NetworkArgs", "SETTINGS", "EVERYWHERE", "LANDMARKS6"}
-    assert mpe.keys() - own == mujoco.keys() - own
-    assert {"dpm_solver", "TwinCritic", "critic_loss", "update", "act", "train", "DOM2"} < mpe.keys() - own
-    for name in mpe.keys() - own:
-        assert mpe[name] == mujoco[name], name
-
-
 def test_files_and_functions_stay_short():
     limits = {"dom2_mpe.py": 600, "dom2_mamujoco.py": 600, "common.py": 150, "run.py": 350, "collect_datasets.py": 400}
     for name, limit in limits.items():

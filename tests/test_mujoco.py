@@ -548,7 +548,7 @@ def test_the_team_critic_sees_state_and_all_actions(small_td3):
 
 
 # What dom2_mamujoco.py has in another form than dom2_mpe.py, or not at all: its options and their settings.
-DIFFERENT = {"DataArgs", "TrainingArgs", "NetworkArgs", "SETTINGS"}
+DIFFERENT = {"LANDMARKS6", "DataArgs", "TrainingArgs", "NetworkArgs", "SETTINGS"}
 
 
 def definitions(path):
@@ -662,7 +662,7 @@ def test_minibatches_follow_algorithm_1_and_keep_falls(robots_data, tmp_path, mo
     np.testing.assert_array_equal(data.done, loaded.done)
     # where robots fall rewards keep their mean: a fall ends them, and a constant would change what it costs
     np.testing.assert_allclose(data.reward, loaded.reward / loaded.reward.double().std(), rtol=1e-4)
-    args = replace(args, augment=False)
+    args = replace(args, augment=False, thresholds=None)
     dom2_mamujoco.train(args, dom2_mamujoco.DOM2._replace(sample_batch=sample))
     assert seen[-1].index[0].tolist() == list(range(loaded.obs.shape[1]))
 

@@ -335,7 +335,10 @@ def test_time_limit(toys, monkeypatch):
     toys(counted=lambda: make(limit=8), given=lambda: make(limit=8, episode_steps=8), falling=falls_sometimes)
     assert [OwnEnv("toys:counted").episode_steps for _ in range(2)] == [8, 8]
     assert [len(env.received) for env in made] == [8, 0]  # counted once
-    assert OwnEnv("toys:given").episode_steps == 8 and not made[-1].received
+    assert [OwnEnv("toys:given").episode_steps for _ in range(2)] == [8, 8]
+    assert [len(env.received) for env in made[2:]] == [8, 0]  # played once as well
+    toys(numpy=lambda: make(limit=8, episode_steps=np.int64(8)))
+    assert OwnEnv("toys:numpy").episode_steps == 8
     assert OwnEnv("toys:falling").episode_steps == 6
 
     toys(endless=lambda: Toy(limit=None), fatal=lambda: Toy(fall=1), nonsense=lambda: Toy(episode_steps=0))
@@ -348,8 +351,7 @@ def test_time_limit(toys, monkeypatch):
 @pytest.mark.parametrize("given, found", [(5, "went on after 5 steps"), (7, "was cut off after 6 steps")])
 def test_episodes_have_one_time_limit(given, found, toys):
     toys(make=lambda: Toy(episode_steps=given))
-    env = OwnEnv("toys:make")
-    refused(roll, env, match=f"an episode {found}, but the time limit is {given} steps")
+    refused(OwnEnv, "toys:make", match=f"an episode {found}, but the time limit is {given} steps")
 
 
 # ---- functions and environments that do not fit ----
@@ -361,7 +363,8 @@ UNSUITABLE = {
     "discrete": (lambda: Toy(box=Discrete(5)), r"actions of walker_0 are Discrete\(5\).*continuous_actions=True"),
     "integers": (lambda: Toy(box=Box(0, 4, (2,), np.int32)), "not a Box of floats"),
     "image": (lambda: Toy(box=Box(0, 1, (2, 2))), "not a Box of floats"),
-    "argument": (lambda size: None, "the function failed with TypeError.*'size'.*mend it"),
+    "argument": (lambda size: None, "the function failed with TypeError.*'size'.*called without arguments.*mend it"),
+    "no seed": (lambda: type("", (Toy,), {"reset": lambda self: None})(), r"reset\(\) failed .*called with seed="),
     "raises": (lambda: 1 / 0, "the function failed with ZeroDivisionError.*test_own_env.py, line"),
     "two lines": (lambda: exec("raise OSError('a\\nb')"), "OSError: a b"),
     "nobody": (lambda: Toy(num=0), "no agent"),
@@ -503,6 +506,27 @@ def test_policies_act_by_name_in_the_environments_box(data, script, tmp_path, to
     refused(load_policy(run), {"walker_0": obs["walker_0"]}, match="expected walker_0, walker_1")
     del sys.modules["toys"]
     refused(load_policy, run, match="there is no module toys")
+
+
+def test_faults_show_before_the_training(data, script, tmp_path, toys):
+    """One object for all copies, and a wrong time limit: nothing has been trained, and nothing is written."""
+    toys(same=lambda: ONE, long=lambda: Toy(episode_steps=9))
+    for name, fault in (("same", "two calls returned one object"), ("long", "was cut off after 6 steps")):
+        shutil.copytree(tmp_path / "mine" / "toys.make", tmp_path / "mine" / f"toys.{name}")
+        code, _, err = script(DOM2, "--scenario", f"toys:{name}", *data)
+        assert code == 2 and fault in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_actions_in_the_environments_range_are_reported(data, script, tmp_path, toys):
+    """Those of Box(0, 1) are allowed actions of a dataset as well, so this is no error."""
+    toys(make=lambda: Toy(box=Box(0, 1, (3,))))
+    folder = tmp_path / "mine" / "toys.make" / "random" / "seed_0_data"
+    assert "its own range" not in script(DOM2, "--scenario", "toys:make", *data)[2]
+    for agent in range(2):
+        np.save(folder / f"acs_{agent}.npy", np.load(folder / f"acs_{agent}.npy") / 2 + 0.5)
+    code, _, err = script(DOM2, "--scenario", "toys:make", *data)
+    told = [line for line in err.splitlines() if "its own range" in line]
+    assert code == 0 and len(told) == 2 and "all actions of walker_1 lie in its own range Box(0.0, 1.0" in told[1]
 
 
 def test_a_gif_where_the_environment_draws(data, script, tmp_path, toys):

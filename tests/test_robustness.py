@@ -511,23 +511,26 @@ def test_flipped_bits_in_a_checkpoint_are_noticed(trained, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_never_evaluated(trained, start, tmp_path):
-    """The one before stands in with a warning; without it the run is refused."""
+    """The one before stands in with a warning; without it the run is refused. Neither file is touched by reading."""
     script, _, run, _ = trained
     shutil.copytree(run, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint.pt"
+    files = checkpoint, tmp_path / "run" / "checkpoint-previous.pt"
 
-    def damage():
-        whole, middle = checkpoint.read_bytes(), checkpoint.stat().st_size // 2
-        checkpoint.write_bytes(whole[:middle] + whole[middle:][:200][::-1] + whole[middle + 200 :])  # more than padding
+    def damage(file):
+        whole, middle = file.read_bytes(), file.stat().st_size // 2
+        file.write_bytes(whole[:middle] + whole[middle:][:200][::-1] + whole[middle + 200 :])  # more than padding
 
-    damage()
+    damage(checkpoint)
+    before = [file.read_bytes() for file in files]
     words = flags(eval_only=str(tmp_path / "run"), cuda=False)
     printed = finish(start(script, words, tmp_path / "first"))
     assert printed.startswith(f"warning: {checkpoint}: ") and "the one before" in printed
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["updates"] == 4
-    damage()
+    assert [file.read_bytes() for file in files] == before
+    damage(files[1])
     code, printed = start(script, words, tmp_path / "second").wait()
-    assert code == 2 and printed.startswith(f"error: {checkpoint}: ") and printed.count("\n") == 1
+    assert code == 2 and printed.startswith(f"error: {files[1]}: ") and printed.count("\n") == 1
 
 
 class Executed:

@@ -280,6 +280,20 @@ def test_eval_only_reproduces_the_returns(copied, script, tmp_path, data_dir):
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_evaluation_is_shown_before_it_is_written(copied, script, data_dir, monkeypatch):
+    """Where the run's folder may not be written, as of another user."""
+    before, first = files(copied), json.loads((copied / "results.json").read_text())
+
+    def refuse(path, contents):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    options = dict(eval_only=str(copied), eval_episodes=4, data_dir=str(data_dir), cuda=False)
+    code, out, err = script(DOM2, *flags(**options))
+    assert code == 2 and err == f"error: {copied}: Read-only file system; make it writable, or use a copy of it\n"
+    assert f"{np.mean(first['returns']['none']):.1f} ±" in out and files(copied) == before
+
+
 # ---- runs that were interrupted ----
 
 
@@ -410,7 +424,7 @@ def test_other_errors_of_the_disk_are_not_called_full(whole, tmp_path, monkeypat
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(UserError) as error:
         train(resumed(run, updates=8))
-    assert str(error.value) == f"{run}: Permission denied"
+    assert str(error.value) == f"{run}: Permission denied; make it writable, or use a copy of it"
 
 
 # ---- the lock ----
@@ -912,11 +926,17 @@ def test_defaults_do_not_ask_the_hardware(monkeypatch):
 
 
 def test_option_types_of_the_command_line():
-    words = flags(widths=(5, 6), eta=2.0, augment=False, shift="none", thresholds=(1.0, -2.5), prey="a b", seed=3)
-    args = parse(DOM2, "", words)
+    words = flags(widths=(5, 6), eta=2.0, augment=True, shift="none", thresholds=(1.0, -2.5), prey="a b", seed=3)
+    args = parse(DOM2, None, words)  # a script without a docstring has no description
     assert args == DOM2.args(
-        widths=(5, 6), eta=2.0, augment=False, shift=("none",), thresholds=(1.0, -2.5), prey="a b", seed=3
+        widths=(5, 6), eta=2.0, augment=True, shift=("none",), thresholds=(1.0, -2.5), prey="a b", seed=3
     )
+
+
+def test_thresholds_without_replication_are_refused():
+    for algorithm, options in ((DOM2, {"augment": False}), (OMAR, {})):
+        with pytest.raises(UserError, match=r"--thresholds 1\.0 -2\.5: nothing is replicated without --augment"):
+            algorithm.args(thresholds=(1.0, -2.5), **options)
 
 
 @pytest.mark.parametrize(
@@ -1155,7 +1175,7 @@ def test_a_run_of_another_algorithm(small, data_dir):
     train(MA_CQL.args(**options | dict(updates=1)), MA_CQL)
     run = the_run(small["run_dir"])
     for algorithm in (OMAR, DOM2, dom2_mamujoco.DOM2):
-        with pytest.raises(UserError, match=r"checkpoint\.pt: (not a checkpoint of this script|a run of \w+, not of)"):
+        with pytest.raises(UserError, match=r"checkpoint\.pt: made by baselines/ma_cql.py; use that"):
             load_checkpoint(run, algorithm)
 
 

@@ -6,12 +6,14 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from utils.evaluation import NAMES
 from utils.policy_files import policy_file, policy_names, read_policy
 from utils.program import UserError, load_torch
 
@@ -59,6 +61,8 @@ def checkpoint_file(path: str | Path) -> Path:
 def read_checkpoint(path: str | Path) -> dict:
     """Contents of a run folder's checkpoint, or of the one before it if the newest cannot be read, or of a policy file.
 
+    Nothing is written: a run that is being trained, or another user's, may be read.
+
     Raises:
         UserError: there is none, or it is damaged.
     """
@@ -66,7 +70,7 @@ def read_checkpoint(path: str | Path) -> dict:
         return read_policy(file)
     newest, previous = Path(path) / "checkpoint.pt", Path(path) / "checkpoint-previous.pt"
     if not newest.exists() and not previous.exists():
-        there = f"a folder such as runs/NAME, or a trained policy: {', '.join(policy_names())}"
+        there = f"a folder such as runs/NAME or, to act without training, a policy: {', '.join(policy_names())}"
         raise UserError(f"{path}: no run folder, there is no checkpoint.pt in it; give {there}")
     try:
         return load_torch(newest)
@@ -74,9 +78,29 @@ def read_checkpoint(path: str | Path) -> dict:
         if not previous.exists():
             raise
         checkpoint = load_torch(previous)
-        os.replace(previous, newest)
         print(f"warning: {error}; using the one before", file=sys.stderr)
         return checkpoint
+
+
+def drop_damaged(path: Path) -> None:
+    """Of a run folder that this process has locked: let the checkpoint before take the place of a damaged one, which
+    the next save would keep instead of it."""
+    newest, previous = path / "checkpoint.pt", path / "checkpoint-previous.pt"
+    try:
+        load_torch(newest)
+    except UserError:
+        os.replace(previous, newest)
+
+
+def script_of(checkpoint) -> str | None:
+    """The program that made a checkpoint, such as baselines/omar.py; None: none of this repository."""
+    facts = checkpoint if isinstance(checkpoint, dict) else {}
+    name, options = facts.get("algorithm"), facts.get("args")
+    if name not in list(NAMES) or not isinstance(options, dict):
+        return None
+    if name == "dom2":
+        return "dom2_mamujoco.py" if "agent_conf" in options else "dom2_mpe.py"
+    return f"baselines/{name}.py"
 
 
 def load_checkpoint(path: str | Path, algorithm) -> tuple:
@@ -86,6 +110,9 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
         UserError: there is none, or it is damaged or another program's.
     """
     checkpoint, file = read_checkpoint(path), checkpoint_file(path)
+    script, options = script_of(checkpoint), {field.name: None for field in fields(algorithm.Args)}
+    if script not in (None, script_of({"algorithm": algorithm.name, "args": options})):
+        raise UserError(f"{file}: made by {script}; use that")
     try:
         needed = {"algorithm", "updates", "learners", "optimizers", "prey", "data", "rng", "cuda_rng"}
         if not needed <= checkpoint.keys() or type(checkpoint["updates"]) is not int or checkpoint["updates"] < 0:

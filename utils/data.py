@@ -80,6 +80,11 @@ def load_version(path: Path, args, env, prey: dict | None, seeds: int) -> list[c
         raise UserError(f"{path}: made with another prey; pass it as --prey, or delete the folder to make it anew")
     outside = (data.action.abs() > 1.0001).sum().item() / (data.action.shape[1] * sum(env.action_sizes))
     warn_of_actions(outside, path, env.action_scale)
+    for i, (name, box) in enumerate(getattr(env, "boxes", {}).items()):  # of an environment of one's own
+        low, high = torch.from_numpy(box.low), torch.from_numpy(box.high)
+        if ((low > -1) | (high < 1)).any() and ((data.action[i] >= low) & (data.action[i] <= high)).all():
+            told = f"all actions of {name} lie in its own range {box}; datasets hold actions in [-1, 1]"
+            print(f"warning: {path}: {told}; convert them with own_env.to_unit if these are not", file=sys.stderr)
     row = first_gap(data)
     if row is not None:
         gap = f"next_obs of row {row} is not obs of row {row + 1} of the same episode"

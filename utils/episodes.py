@@ -165,7 +165,7 @@ class NewDataset:
         """
         T, limit, last = action.shape[1], self.env.episode_steps, "given"
         if T > limit:
-            raise UserError(f"an episode of {T} steps; one of {self.task} has at most {limit}")
+            raise UserError(f"an episode of {T} steps; one of {self.task} has at most {limit}; end episodes there")
         team_return = float(reward.sum((1, 2), np.float64).mean())
         terminated = bool(terminated) and T < limit  # at the limit it is the time limit that ends it
         if next_obs is None and obs.shape[1] == T:

@@ -16,8 +16,14 @@ import common
 from utils.program import UserError, counted
 
 NAMES = {
-    **{"dom2": "DOM2", "ma_bc": "MA-BC", "ma_td3bc": "MA-TD3+BC", "ma_cql": "MA-CQL", "omar": "OMAR"},
-    **{"ma_sfbc": "MA-SfBC", "madiff": "MADiff", "ma_diffusion_ql": "MA-Diffusion-QL"},
+    "dom2": "DOM2",
+    "ma_bc": "MA-BC",
+    "ma_td3bc": "MA-TD3+BC",
+    "ma_cql": "MA-CQL",
+    "omar": "OMAR",
+    "ma_sfbc": "MA-SfBC",
+    "madiff": "MADiff",
+    "ma_diffusion_ql": "MA-Diffusion-QL",
 }
 
 
@@ -154,11 +160,8 @@ def save_video(images: Iterable, path: Path) -> None:
 def closing_table(results: dict) -> str:
     """One line per environment: return, normalised score, the dataset's returns and the paper's result."""
     scenario, dataset, data = results["scenario"], results["dataset"], results["data"]
-    seeds, episodes, name = (
-        results["num_seeds"],
-        results["eval_episodes"],
-        NAMES.get(results["algorithm"], results["algorithm"]),
-    )
+    seeds, episodes = results["num_seeds"], results["eval_episodes"]
+    name = NAMES.get(results["algorithm"], results["algorithm"])
     over_seeds = f"for each of {seeds} seeds, mean ± std over seeds" if seeds > 1 else "of one seed"
     paper_column = f"paper ({name})"
     lines = [

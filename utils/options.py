@@ -116,6 +116,12 @@ class DataArgs(Options):
     reward_scale: Weight = 1.0
     """factor on the (standardised) rewards"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.thresholds and not self.augment:
+            given = " ".join(map(str, self.thresholds))
+            raise UserError(f"--thresholds {given}: nothing is replicated without --augment; leave them out or augment")
+
 
 @dataclass
 class TrainingArgs(Options):
@@ -140,7 +146,7 @@ class EvaluationArgs(Options):
     eval_episodes: Count = 1_000
     """episodes per seed of every evaluation"""
     shift: tuple[Shift, ...] = ("speed",)
-    """shifted environments of the final evaluation"""
+    """shifted environments of the final evaluation: speed; landmarks6: dismiss; robots: random, extreme; or none"""
 
 
 @dataclass
@@ -179,5 +185,5 @@ def parse_groups(default, description: str, words: list[str] | None = None):
         groups[group.__name__.removesuffix("Args").lower()] = group(**{f.name: values[f.name] for f in fields(group)})
     Boxes = make_dataclass("Boxes", [(name, type(group)) for name, group in groups.items()])
     config = (tyro.conf.OmitArgPrefixes,)
-    given = tyro.cli(Boxes, default=Boxes(**groups), args=words, description=lines(description), config=config)
+    given = tyro.cli(Boxes, default=Boxes(**groups), args=words, description=lines(description or ""), config=config)
     return type(default)(**{k: v for group in vars(given).values() for k, v in vars(group).items()})

@@ -14,8 +14,7 @@ import common
 from own_env import from_unit
 from particle_env import SCENARIOS
 from utils.arrays import as_int, as_tensor
-from utils.checkpoints import checkpoint_file, load_checkpoint, read_checkpoint, restore
-from utils.evaluation import NAMES
+from utils.checkpoints import checkpoint_file, load_checkpoint, read_checkpoint, restore, script_of
 from utils.frozen import policy_action
 from utils.program import UserError, counted
 
@@ -39,14 +38,12 @@ def algorithm_of(path: str | Path):
         UserError: there is none, or it is damaged or another program's.
     """
     checkpoint = read_checkpoint(path)
-    facts = checkpoint if isinstance(checkpoint, dict) else {}
-    name, args = facts.get("algorithm"), facts.get("args")
-    if name not in list(NAMES) or not isinstance(args, dict):
-        raise UserError(f"{checkpoint_file(path)}: no checkpoint of these scripts; give a run folder or a policy file")
-    module = f"baselines.{name}"
-    if name == "dom2":
-        module = "dom2_mamujoco" if "agent_conf" in args else "dom2_mpe"
-    return getattr(importlib.import_module(module), name.upper())
+    script = script_of(checkpoint)
+    if script is None:
+        remedy = "give a run folder or a policy file; with an algorithm of your own, TrainedPolicy(path, algorithm=...)"
+        raise UserError(f"{checkpoint_file(path)}: no checkpoint of these scripts; {remedy}")
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    return getattr(module, checkpoint["algorithm"].upper())
 
 
 class TrainedPolicy:
@@ -57,13 +54,15 @@ class TrainedPolicy:
     Args:
         path: a run folder, a policy file, or the name of a policy in pretrained/policies such as "simple_tag-random".
         seed_index: which of its seeds.
+        algorithm: the Algorithm that made it; None: the one of this repository that it names.
 
     Raises:
         UserError: there is no such policy or seed, or it is damaged or another algorithm's.
     """
 
     @torch_defaults()
-    def __init__(self, path: str | Path, seed_index: int = 0, *, algorithm):
+    def __init__(self, path: str | Path, seed_index: int = 0, *, algorithm=None):
+        algorithm = algorithm or algorithm_of(path)
         args, checkpoint = load_checkpoint(path, algorithm)
         seed_index = as_int(seed_index, "seed_index", 0)
         if seed_index >= args.num_seeds:

@@ -95,7 +95,7 @@ def catch_signals():
 
 @contextmanager
 def disk_errors(path: str | Path, remedy: str):
-    """Within the context an OSError becomes a UserError that names `path`; `remedy` is added if the disk is full.
+    """Within the context an OSError becomes a UserError that names `path`; `remedy` is for a full disk.
 
     Threads, in one of which TensorBoard writes, keep quiet about theirs: whoever waits for them raises it again.
     """
@@ -106,8 +106,10 @@ def disk_errors(path: str | Path, remedy: str):
     except BrokenPipeError:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # NumPy's short writes have no number
-        raise UserError(f"{path}: {error.strerror or error}" + (f"; {remedy}" if full else "")) from None
+        remedies = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None), remedy)  # NumPy's has no number
+        remedies |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, or use a copy of it")
+        end = f"; {remedies[error.errno]}" if error.errno in remedies else ""
+        raise UserError(f"{path}: {error.strerror or error}{end}") from None
     finally:
         threading.excepthook = hook
 
