@@ -124,6 +124,27 @@ def test_raw_results_are_from_the_datasets_of_the_table():
             assert results["data"]["transitions"] == pytest.approx(int(row["transitions"]) * fraction, abs=1000), path
 
 
+SCENARIOS = ("simple_spread", "simple_tag", "simple_world", "HalfCheetah")
+
+
+def readme_table():
+    """Rows of the README's table of results, made from the raw ones: DOM2 / the best baseline / the paper's DOM2."""
+    rows = report.read_rows(report.TARGETS["table1"], RESULTS) + report.read_rows(report.TARGETS["table3"], RESULTS)
+    cells = {}
+    for row in rows:
+        scores = {v.algorithm: common.normalised_score(row.scenario, s.returns.mean()) for v, s in row.here.items()}
+        others = max(score for name, score in scores.items() if name != "dom2")
+        paper = common.normalised_score(row.scenario, row.paper[report.Variant("dom2")][0])
+        ours = [f"**{x:.1f}**" if x >= max(scores.values()) else f"{x:.1f}" for x in (scores["dom2"], others)]
+        cells[row.scenario, row.dataset] = " / ".join([*ours, f"{paper:.1f}"])
+    return [f"| {d} | {' | '.join(cells[s, d] for s in SCENARIOS)} |" for d in common.DATASETS]
+
+
+def test_the_readme_shows_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert [line for line in readme_table() if line not in text] == []
+
+
 def test_paths_among_six_landmarks_lie_beside_their_raw_results():
     for path, results in FILES.items():
         if results["scenario"] == "landmarks6":
