@@ -379,7 +379,7 @@ def test_play_writes_a_gif(tmp_path, capsys):
 @pytest.mark.parametrize("shift", ["none", "speed"])
 def test_play_earns_the_policys_return(shift, monkeypatch, capsys):
     monkeypatch.setattr(play.common.particle_env.TeamEnv, "render", lambda env: None)
-    policy, episodes = load_policy("simple_tag-medium-replay"), 30
+    policy, episodes = load_policy("simple_tag-medium-replay"), 60
     list(play.play(policy, play.Args("simple_tag-medium-replay", shift=shift, episodes=episodes)))
     returns = [float(x) for x in re.findall(r"return (\S+), 25 steps", capsys.readouterr().out)]
     (expected,) = read_policy(POLICIES / "simple_tag-medium-replay.safetensors")["results"]["returns"][shift]
