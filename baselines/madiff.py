@@ -11,7 +11,7 @@
 
 Training is centralised: through the attention the agents of a seed learn together. What differs from the original:
 - Windows of 8 observations for 24 (`--horizon 24`); 3 blocks of convolution and attention, 64 wide, for a U-Net of 128,
-  512 and 1,024; 10,000 updates (HalfCheetah: 100,000) for a million.
+  512 and 1,024; 10,000 updates (HalfCheetah: 20,000) for a million.
 - The network predicts the clean trajectory, not the noise, told what is known; 3 DPM-Solver steps for 200 of DDPM.
 - Return is the mean reward of the window, as its rank in the minibatch, in [0, 1]. The original takes the discounted
   return to the end of the episode over a scale set by hand per dataset; the target, 0.9, is the original's.
@@ -104,7 +104,7 @@ class Args(shared.DataArgs, TrainingArgs, NetworkArgs, EvaluationArgs, options.R
 
 
 SETTINGS = settings_table(
-    particles=dict(updates=10_000, eval_interval=10_000), mujoco=dict(updates=100_000, eval_interval=50_000), rows={}
+    particles=dict(updates=10_000, eval_interval=10_000), mujoco=dict(updates=20_000, eval_interval=20_000), rows={}
 )
 
 
