@@ -12,7 +12,7 @@ from torch import Tensor
 import mamujoco_env
 import particle_env
 from own_env import OwnEnv, is_own
-from utils.arrays import damaged, episode_lengths, has_array, load_array, read_metadata
+from utils.arrays import damaged, episode_lengths, first_difference, has_array, load_array, read_metadata
 from utils.options import DatasetName
 from utils.program import UserError
 
@@ -131,9 +131,9 @@ def load_dataset(path: Path, env) -> Dataset:
     done, reward = arrays["dones"][..., 0], arrays["rews"][..., 0]
     flags = {name: arrays[name][..., 0] > 0 for name in ("dones", "timeouts") if name in arrays}  # each [n, T]
     for name, of_agents in flags.items():
-        differ = (of_agents.any(0) != of_agents.all(0)).nonzero()
-        if len(differ):
-            raise damaged(path, f"{path}: {name}: the agents differ in row {differ[0].item()}; all must end together")
+        row = first_difference(of_agents)
+        if row is not None:
+            raise damaged(path, f"{path}: {name}: the agents differ in row {row}; all must end together")
     ended = torch.stack([of_agents[0] for of_agents in flags.values()]).any(0)  # [T]
     lengths = episode_lengths(ended, env.episode_steps)
     if not len(ended) or (lengths[-1] != env.episode_steps and not ended[-1]):

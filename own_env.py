@@ -92,8 +92,8 @@ def users_code(task: str, what: str, call: str = ""):
         raise
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-        place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else f"it is called {call}"
-        reason = f"{type(error).__name__}: {error} ({place})"
+        place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else call and f" (it is called {call})"
+        reason = f"{type(error).__name__}: {error}{place}"
         raise one_line(f"--scenario {task}: {what} failed with {reason}; mend it") from error
 
 

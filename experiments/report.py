@@ -286,9 +286,8 @@ class Row(NamedTuple):
     @property
     def is_old(self) -> bool:
         """Results of earlier settings and code, whose seeds begin with 0; their row is made again as a whole."""
-        return any(
-            s.raw["settings"]["seed"] != FIRST_SEED and "seed" not in dict(v.options) for v, s in self.here.items()
-        )
+        shown = [score for variant, score in self.here.items() if "seed" not in dict(variant.options)]
+        return any(score.raw["settings"]["seed"] != FIRST_SEED for score in shown)
 
     def best(self, paper: bool = False) -> Variant | None:
         """The highest mean return here, or in the paper; None unless there are two to compare."""

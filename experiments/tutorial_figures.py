@@ -72,10 +72,8 @@ def narrow_band(T: int = 4_096) -> Dataset:
 def train_policies(updates: int, num_steps: int):
     """DOM2's diffusion policy without Q-loss (eta = 0), and MA-BC's deterministic policy, on toy 1."""
     torch.manual_seed(0)
-    data, args = (
-        two_ways(),
-        DOM2.args("simple_spread", "expert", diffusion_steps=num_steps, batch_size=256, actor_lr=3e-3),
-    )
+    data, options = two_ways(), dict(diffusion_steps=num_steps, batch_size=256, actor_lr=3e-3)
+    args = DOM2.args("simple_spread", "expert", **options)
     learners = make_learners(args, SimpleNamespace(num_agents=1, obs_size=1, action_size=2, device="cpu"))
     learners["bc"] = Policy(1, 1, 2, (64, 64))
     optimizers = adam(learners, policy=args.actor_lr, bc=args.actor_lr)

@@ -364,6 +364,10 @@ UNSUITABLE = {
     "integers": (lambda: Toy(box=Box(0, 4, (2,), np.int32)), "not a Box of floats"),
     "image": (lambda: Toy(box=Box(0, 1, (2, 2))), "not a Box of floats"),
     "argument": (lambda size: None, "the function failed with TypeError.*'size'.*called without arguments.*mend it"),
+    "no agents": (
+        lambda: type("", (ParallelEnv,), {})(),
+        r"reading agents and spaces failed .*possible_agents'; mend it",
+    ),
     "no seed": (lambda: type("", (Toy,), {"reset": lambda self: None})(), r"reset\(\) failed .*called with seed="),
     "raises": (lambda: 1 / 0, "the function failed with ZeroDivisionError.*test_own_env.py, line"),
     "two lines": (lambda: exec("raise OSError('a\\nb')"), "OSError: a b"),

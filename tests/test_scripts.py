@@ -387,6 +387,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, whole, tmp_pa
     assert_same_checkpoint(run, whole[0])
 
 
+def test_a_damaged_checkpoint_is_read_once_to_act(whole, tmp_path, capsys):
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:999])
+    dom2_mpe.load_policy(run)
+    assert capsys.readouterr().err.count("using the one before") == 1
+
+
 @pytest.mark.parametrize("failing", ["write_bytes", "replace"])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(failing, whole, tmp_path, monkeypatch):
     """Whichever step of writing fails, one of the two files is whole."""

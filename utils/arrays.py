@@ -54,6 +54,13 @@ def as_int(x, name: str, least: int | None = None) -> int:
     return number
 
 
+def first_difference(flags) -> int | None:
+    """The first column of `flags` [n, T] in which the rows differ; None if all are the same."""
+    flags = np.asarray(flags)
+    differ = flags.any(0) != flags.all(0)
+    return int(differ.argmax()) if differ.any() else None
+
+
 def damaged(folder: Path, problem: str) -> UserError:
     """The error that a dataset is damaged; only one that a program here has written can be deleted and made again."""
     if (folder / "metadata.json").exists():

@@ -109,7 +109,16 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
     Raises:
         UserError: there is none, or it is damaged or another program's.
     """
-    checkpoint, file = read_checkpoint(path), checkpoint_file(path)
+    checkpoint = read_checkpoint(path)
+    return options_of(checkpoint, checkpoint_file(path), algorithm), checkpoint
+
+
+def options_of(checkpoint, file: Path, algorithm):
+    """The options of a checkpoint that was read from `file`.
+
+    Raises:
+        UserError: it is damaged or another program's.
+    """
     script, options = script_of(checkpoint), {field.name: None for field in fields(algorithm.Args)}
     if script not in (None, script_of({"algorithm": algorithm.name, "args": options})):
         raise UserError(f"{file}: made by {script}; use that")
@@ -120,7 +129,7 @@ def load_checkpoint(path: str | Path, algorithm) -> tuple:
         made_by = checkpoint["algorithm"]
         if made_by == algorithm.name:
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
-            return algorithm.Args(**options), checkpoint
+            return algorithm.Args(**options)
     except (KeyError, TypeError, AttributeError, UserError):
         raise UserError(f"{file}: not a checkpoint of this script; give a run folder that it wrote") from None
     raise UserError(f"{file}: a run of {made_by}, not of {algorithm.name}; give a run folder that this script wrote")

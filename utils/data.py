@@ -80,11 +80,7 @@ def load_version(path: Path, args, env, prey: dict | None, seeds: int) -> list[c
         raise UserError(f"{path}: made with another prey; pass it as --prey, or delete the folder to make it anew")
     outside = (data.action.abs() > 1.0001).sum().item() / (data.action.shape[1] * sum(env.action_sizes))
     warn_of_actions(outside, path, env.action_scale)
-    for i, (name, box) in enumerate(getattr(env, "boxes", {}).items()):  # of an environment of one's own
-        low, high = torch.from_numpy(box.low), torch.from_numpy(box.high)
-        if ((low > -1) | (high < 1)).any() and ((data.action[i] >= low) & (data.action[i] <= high)).all():
-            told = f"all actions of {name} lie in its own range {box}; datasets hold actions in [-1, 1]"
-            print(f"warning: {path}: {told}; convert them with own_env.to_unit if these are not", file=sys.stderr)
+    warn_of_raw_actions(data.action, path, getattr(env, "boxes", {}))
     row = first_gap(data)
     if row is not None:
         gap = f"next_obs of row {row} is not obs of row {row + 1} of the same episode"
@@ -117,6 +113,16 @@ def warn_of_actions(outside: float, folder, scale: float = 1.0) -> None:
     if outside:
         share = f"{outside:.2%} of the action entries are outside [-{scale:g}, {scale:g}], where no policy here can act"
         print(f"warning: {folder}: {share}; scale the actions", file=sys.stderr)
+
+
+def warn_of_raw_actions(action: Tensor, folder, boxes: dict) -> None:
+    """Warn if all actions [n, T, A] of an agent are within its Box in an environment of one's own, as they are where
+    nobody converted them, and this Box is not all of [-1, 1]."""
+    for own, (name, box) in zip(action, boxes.items(), strict=False):
+        low, high = torch.from_numpy(box.low), torch.from_numpy(box.high)
+        if ((low > -1) | (high < 1)).any() and ((own >= low) & (own <= high)).all():
+            told = f"all actions of {name} lie in its own range {box}; datasets hold actions in [-1, 1]"
+            print(f"warning: {folder}: {told}; convert them with own_env.to_unit if these are not", file=sys.stderr)
 
 
 def first_gap(data: common.Dataset) -> int | None:

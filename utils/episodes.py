@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import common
 from collect_datasets import write_arrays
+from utils.arrays import first_difference
 from utils.data import warn_of_actions
 from utils.program import UserError, replaced_folder
 
@@ -145,10 +146,9 @@ class NewDataset:
     def flags(self, values, what: str) -> np.ndarray:
         """Whether the team's episode ends, [T] bool: one flag of the team, or one per agent, all the same."""
         flags = np.stack([x.reshape(len(x)) > 0 for _, x in self.columns(values, what)])
-        differ = flags.any(0) != flags.all(0)
-        if differ.any():
-            where = f"row {differ.argmax()} (from 0)"
-            raise UserError(f"{what}: the agents differ in {where}; a team's episode ends for all at once")
+        row = first_difference(flags)
+        if row is not None:
+            raise UserError(f"{what}: the agents differ in row {row} (from 0); a team's episode ends for all at once")
         return flags[0]
 
     def add(self, terminated: bool, obs, action, reward, next_obs=None) -> None:

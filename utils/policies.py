@@ -14,7 +14,7 @@ import common
 from own_env import from_unit
 from particle_env import SCENARIOS
 from utils.arrays import as_int, as_tensor
-from utils.checkpoints import checkpoint_file, load_checkpoint, read_checkpoint, restore, script_of
+from utils.checkpoints import checkpoint_file, options_of, read_checkpoint, restore, script_of
 from utils.frozen import policy_action
 from utils.program import UserError, counted
 
@@ -37,11 +37,15 @@ def algorithm_of(path: str | Path):
     Raises:
         UserError: there is none, or it is damaged or another program's.
     """
-    checkpoint = read_checkpoint(path)
+    return maker_of(read_checkpoint(path), checkpoint_file(path))
+
+
+def maker_of(checkpoint, file: Path):
+    """The Algorithm that made a checkpoint, which was read from `file`; raises UserError if it is none of these."""
     script = script_of(checkpoint)
     if script is None:
         remedy = "give a run folder or a policy file; with an algorithm of your own, TrainedPolicy(path, algorithm=...)"
-        raise UserError(f"{checkpoint_file(path)}: no checkpoint of these scripts; {remedy}")
+        raise UserError(f"{file}: no checkpoint of these scripts; {remedy}")
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     return getattr(module, checkpoint["algorithm"].upper())
 
@@ -62,8 +66,9 @@ class TrainedPolicy:
 
     @torch_defaults()
     def __init__(self, path: str | Path, seed_index: int = 0, *, algorithm=None):
-        algorithm = algorithm or algorithm_of(path)
-        args, checkpoint = load_checkpoint(path, algorithm)
+        checkpoint, file = read_checkpoint(path), checkpoint_file(path)
+        algorithm = algorithm or maker_of(checkpoint, file)
+        args = options_of(checkpoint, file, algorithm)
         seed_index = as_int(seed_index, "seed_index", 0)
         if seed_index >= args.num_seeds:
             raise UserError(f"seed_index {seed_index}: {path} holds {counted(args.num_seeds, 'seed')}")

@@ -106,10 +106,12 @@ def disk_errors(path: str | Path, remedy: str):
     except BrokenPipeError:
         raise
     except OSError as error:
-        remedies = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None), remedy)  # NumPy's has no number
-        remedies |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, or use a copy of it")
-        end = f"; {remedies[error.errno]}" if error.errno in remedies else ""
-        raise UserError(f"{path}: {error.strerror or error}{end}") from None
+        said = [f"{path}: {error.strerror or error}"]
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):  # NumPy's short writes have no number
+            said.append(remedy)
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            said.append("make it writable, or use a copy of it")
+        raise UserError("; ".join(said)) from None
     finally:
         threading.excepthook = hook
 
