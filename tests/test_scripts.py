@@ -947,6 +947,26 @@ def test_thresholds_without_replication_are_refused():
 
 
 @pytest.mark.parametrize(
+    "algorithm, words, message",
+    [
+        (DOM2, "--quantiles 0.5 --thresholds 1", "--quantiles: --thresholds take their place"),
+        (DOM2, "--thresholds 1 --quantiles=0.5", "--quantiles: --thresholds take their place"),
+        (DOM2, "--no-augment --copies 2", "--copies: nothing is replicated without --augment"),
+        (DOM2, "--no-augment --quantiles 0.5", "--quantiles: nothing is replicated without --augment"),
+        (OMAR, "--copies=2", "--copies: nothing is replicated without --augment"),
+        (OMAR, "--augment --copies 2 --thresholds 1", None),
+        (DOM2, "--quantiles 0.5 --copies 2", None),
+    ],
+)
+def test_options_of_replication_that_change_nothing_are_refused(algorithm, words, message):
+    if message is None:
+        assert parse(algorithm, "", words.split()).copies == 2
+    else:
+        with pytest.raises(UserError, match=message):
+            parse(algorithm, "", words.split())
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         *({name: "nonsense"} for name in ("scenario", "dataset", "noise_net", "prediction")),

@@ -176,7 +176,7 @@ def lines(description: str) -> str:
     return textwrap.indent(description, " ")
 
 
-def parse_groups(default, description: str, words: list[str] | None = None):
+def parse_groups(default, description: str, words: list[str]):
     """Options from the command line, on top of those of the instance `default` of a class that inherits from groups."""
     import tyro  # only programs need it
 
@@ -186,4 +186,15 @@ def parse_groups(default, description: str, words: list[str] | None = None):
     Boxes = make_dataclass("Boxes", [(name, type(group)) for name, group in groups.items()])
     config = (tyro.conf.OmitArgPrefixes,)
     given = tyro.cli(Boxes, default=Boxes(**groups), args=words, description=lines(description or ""), config=config)
-    return type(default)(**{k: v for group in vars(given).values() for k, v in vars(group).items()})
+    args = type(default)(**{k: v for group in vars(given).values() for k, v in vars(group).items()})
+    refuse_idle(args, words)
+    return args
+
+
+def refuse_idle(args: DataArgs, words: list[str]) -> None:
+    """Raise a UserError at a word of the command line that changes nothing beside the other options."""
+    for option in {"--quantiles", "--copies"} & {word.partition("=")[0] for word in words}:
+        if not args.augment:
+            raise UserError(f"{option}: nothing is replicated without --augment; leave it out or augment")
+        if args.thresholds and option == "--quantiles":
+            raise UserError("--quantiles: --thresholds take their place; give one of them")
