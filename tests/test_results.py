@@ -145,6 +145,18 @@ def test_the_readme_shows_the_results():
     assert [line for line in readme_table() if line not in text] == []
 
 
+def test_the_published_scores_stand_beside_those_of_the_raw_results():
+    """docs/baselines.md: `scenario` algorithm, then "here / published" for each dataset."""
+    algorithms = {algorithm.name: name for name, algorithm in report.ALGORITHMS.items()}
+    text = (ROOT / "docs/baselines.md").read_text().split("## Published scores")[1].split("\n## ")[0]
+    rows = re.findall(r"\| `(\w+)` ([\w+-]+) \| (\S+) / .* \| (\S+) / .* \| (\S+) / .* \| (\S+) / .* \|", text)
+    assert len(rows) == 15
+    for scenario, label, *scores in rows:
+        for dataset, score in zip(("random", "medium-replay", "medium", "expert"), scores, strict=True):
+            returns = FILES[RESULTS / f"main/{algorithms[label]}/{scenario}-{dataset}.json"]["returns"]["none"]
+            assert score == f"{common.normalised_score(scenario, np.mean(returns)):.1f}", (scenario, label, dataset)
+
+
 def test_paths_among_six_landmarks_lie_beside_their_raw_results():
     for path, results in FILES.items():
         if results["scenario"] == "landmarks6":
