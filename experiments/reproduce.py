@@ -67,8 +67,8 @@ class Args(Options):
     """only these algorithms, by their folder names in results/main: dom2, bc, omar, ..."""
     seed: int = FIRST_SEED
     """first seed of each cell; the settings were chosen with the seeds 0 to 2"""
-    num_seeds: int = 5
-    """seeds of each cell, trained side by side; a result with more of them will do"""
+    num_seeds: int | None = None
+    """seeds of each cell, trained side by side; default: 5, in a study 3. A result with more of them will do"""
     updates: int | None = None
     """gradient updates of each cell; default: those in the scripts' SETTINGS"""
     dry_run: bool = False
@@ -140,7 +140,8 @@ def resolve(cell: Cell, args: Args, further: tuple[str, ...]) -> tuple[tuple[str
     """The command of a cell with `further` options, and the settings that its script makes of it."""
     algorithm = ALGORITHMS[cell.variant.algorithm]
     script = algorithm.script.format(family="mamujoco" if cell.scenario in MUJOCO else "mpe")
-    fields = {"seed": args.seed, "num_seeds": args.num_seeds} | ({"updates": args.updates} if args.updates else {})
+    fields = {"seed": args.seed, "num_seeds": args.num_seeds or cell.variant.num_seeds}
+    fields |= {"updates": args.updates} if args.updates else {}
     options = command_line((algorithm.options | fields | dict(cell.variant.options)).items())
     words = ("--scenario", cell.scenario, "--dataset", cell.dataset, *options, *further)
     settings = asdict(parse_options(load(script), "", list(words)))
@@ -153,9 +154,9 @@ def make_job(cell: Cell, args: Args, further: tuple[str, ...] = ()) -> Job:
     if cell.variant.options:
         plain = cell._replace(variant=Variant(cell.variant.algorithm))
         plain_command, plain_settings = resolve(plain, args, further)
-        if settings == plain_settings:
-            cell, command = plain, plain_command
-    identity = {k: v for k, v in settings.items() if k not in NOT_COMPARED} | {"seeds": args.num_seeds}
+        if settings == plain_settings | {"num_seeds": settings["num_seeds"]}:
+            cell, command, settings = plain, plain_command, plain_settings
+    identity = {k: v for k, v in settings.items() if k not in NOT_COMPARED} | {"seeds": settings["num_seeds"]}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     folder = ROOT / args.run_dir / cell.variant.folder / f"{cell.scenario}-{cell.dataset}-{digest}"
     return Job(cell, command, settings, folder, result_path(cell, ROOT / args.results_dir))

@@ -314,12 +314,13 @@ def test_dry_run_lists_commands_and_estimates_the_time(tiny, tmp_path, capsys):
 
 def test_a_variant_with_the_plain_settings_is_the_plain_cell(tiny):
     def make(variant):
-        return reproduce.make_job(Cell(variant, "simple_spread", "random"), *tiny)
+        return reproduce.make_job(Cell(variant, "simple_spread", "random"), replace(tiny[0], num_seeds=None), tiny[1])
 
     plain = make(Variant("dom2"))
+    assert plain.settings["num_seeds"] == 5
     assert make(varied("dom2", "ablations", "without conservative term", zeta=0)) == plain == make(with_steps(5))
     other = make(with_steps(1))
-    assert other.settings == plain.settings | {"diffusion_steps": 1}
+    assert other.settings == plain.settings | {"diffusion_steps": 1, "num_seeds": 3}
     for path in (other.result.parent, other.folder.parent):
         assert str(path).endswith("studies/denoising-steps/dom2-with-1-denoising-step")
 

@@ -88,7 +88,7 @@ def settings(cell):
     """Today's settings of a cell: as `reproduce.resolve`, without the slow command line."""
     algorithm = report.ALGORITHMS[cell.variant.algorithm]
     script = algorithm.script.format(family="mamujoco" if cell.scenario in report.MUJOCO else "mpe")
-    options = algorithm.options | {"seed": 10, "num_seeds": 5} | dict(cell.variant.options)
+    options = algorithm.options | {"seed": 10, "num_seeds": cell.variant.num_seeds} | dict(cell.variant.options)
     args = reproduce.load(script).args(cell.scenario, cell.dataset, **options)
     return json.loads(json.dumps(asdict(args)))
 
