@@ -9,10 +9,10 @@ its target noise:
     python baselines/ma_cql.py --scenario simple_spread --dataset expert
     python baselines/ma_cql.py --help
 
-Settings are those published with OMAR; on HalfCheetah, where they take hours on a CPU, widths, learning rate and
+Settings are those published with OMAR; on HalfCheetah, where they take hours on a CPU, widths, learning rate, gamma and
 updates are DOM2's and the conservative term has a third of the actions. The published ones are an option each:
-`--updates 100000 --widths 256 256 --lr 3e-4 --cql-actions 10 --cql-policy-actions 10`. The term is estimated from a
-quarter of each minibatch in all environments (`--conservative-share 1`: from all of it).
+`--updates 100000 --widths 256 256 --lr 3e-4 --gamma 0.95 --cql-actions 10 --cql-policy-actions 10`. The term is
+estimated from a quarter of each minibatch in all environments (`--conservative-share 1`: from all of it).
 
 OMAR's networks begin with batch normalisation, each call by its own batch. For observations that comes to
 standardising them, as is done here. For actions it matters (BatchNormCritic): a shift or a scale common to all actions
@@ -60,9 +60,8 @@ class Args(DataArgs, shared.CQLArgs, shared.CQLNetworkArgs, options.EvaluationAr
     """All options of MA-CQL."""
 
 
-# As published with OMAR, except: updates on HalfCheetah are DOM2's; random-medium and medium-expert, which were not
-# published, have the settings of medium-replay and of expert; batch normalisation is off on HalfCheetah, except on
-# random.
+# As published with OMAR, except: on HalfCheetah what the docstring names, and batch normalisation is off there, except
+# on random; random-medium and medium-expert, which were not published, have the settings of medium-replay and expert.
 SETTINGS = settings_table(
     particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
     mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)

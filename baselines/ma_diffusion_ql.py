@@ -1,16 +1,21 @@
 """MA-Diffusion-QL: Diffusion-QL (Wang et al. 2023) for every agent by itself, the algorithm that DOM2 starts from.
 
     ddpm           ancestral sampling: fresh noise in every denoising step
+    sample_batch   the diffusion loss is at the times at which ddpm calls the network: not at tau_0, as in Eq. 3
     update         DOM2's, with a network that predicts the noise, without conservative term and without augmentation
 
     python baselines/ma_diffusion_ql.py --scenario simple_tag --dataset random
     python baselines/ma_diffusion_ql.py --help
 
 Losses, networks, learning rates and updates are DOM2's, so that the two differ in what is named above and nothing else.
-What differs from the original: the noise schedule (beta at time 1 is 10, which leaves as much of the action as theirs),
-the number of updates, SiLU instead of Mish, and acting with one sample where the original takes the best of 50 by Q
-(`--eval-candidates 50`). `--prediction action --augment` gives DOM2 with DDPM in place of DPM-Solver where DOM2 has
-zeta = 0; elsewhere add its --zeta.
+What differs from the original:
+- The Q-loss is Eq. 5's. The original takes a random one of the twins for Q and the other one, at the policy's own
+  action, for the scale. Its diffusion loss is the mean over action entries, where Eq. 3 has the sum.
+- Updates, networks (SiLU for Mish) and learning rates, which do not fall as the original's do; the moving average
+  begins at once and moves in every update.
+- One sample acts. The original draws one of 50 with probability softmax(Q); `--eval-candidates 50` takes their best.
+`--prediction action --augment` gives DOM2 with DDPM in place of DPM-Solver where DOM2 has zeta = 0; elsewhere add its
+--zeta.
 """
 
 from __future__ import annotations
@@ -115,11 +120,12 @@ def make_learners(args: Args, env) -> nn.ModuleDict:
 
 
 def sample_batch(data, args: Args) -> Batch:
-    """As DOM2's, with the noise of whole chains: N * A entries per transition."""
-    batch = dom2_mpe.sample_batch(data, args)
+    """As DOM2's, without the time tau_0 and with the noise of whole chains: N * A entries per transition."""
+    batch, N, device = dom2_mpe.sample_batch(data, args), args.diffusion_steps, data.obs.device
     L, B, A = batch.action.shape
-    target_noise, policy_noise = torch.randn(2, L, B, args.diffusion_steps * A, device=batch.action.device)
-    return batch._replace(target_noise=target_noise, policy_noise=policy_noise)
+    tau = 1e-3 + (1 - 1e-3) * torch.randint(1, N + 1, (L, B), device=device) / N  # of `time_grid` without the last
+    target_noise, policy_noise = torch.randn(2, L, B, N * A, device=device)
+    return batch._replace(tau=tau, target_noise=target_noise, policy_noise=policy_noise)
 
 
 @torch.no_grad()

@@ -11,11 +11,12 @@
 
 What differs from the original:
 - It trains the behaviour to the end, samples 16 actions once for every state of the data, and recomputes all R with the
-  present Q every 100 epochs. Here both learn together, from windows of consecutive steps (particle environments: whole
-  episodes) whose R is computed anew in every update, from a slowly moving copy of Q and fresh actions.
+  present Q every 100 epochs. Here both learn together, the critic from windows of consecutive steps (particle
+  environments: whole episodes) whose R is computed anew in every update, from a slowly moving copy of Q and fresh
+  actions.
 - The end of an episode is a time limit: R continues with V there, where the original stops with 0.
 - It standardises returns at every recomputation, so that alpha has a scale; here rewards are standardised and scaled.
-- Sampling planning's candidates takes most of an update's time, so the critic learns from 4 of a minibatch's windows.
+- Sampling planning's candidates takes most of an update's time, so the critic learns from 4 windows at a time.
 - First-order DPM-Solver with 5 steps for third order with 15, DOM2's MLP for Figure 8's network of 512-256-128, batches
   of 256 for 4,096, fewer updates at a behaviour learning rate of 2e-3 for 1e-4, 8 candidates for 16 in planning and for
   32 in acting. eval_alpha is 10 for 100 but on random data: after so short a training the best by Q are often odd ones.
@@ -47,14 +48,15 @@ from dom2_mpe import (
     action_mask,
     adam,
     diffusion_loss,
-    draw,
     gradient_step,
     parse,
     q_of_candidates,
+    sample_transitions,
     soft_update,
     train,
     with_targets,
 )
+from utils.data import draw
 from utils.program import UserError, program
 
 
@@ -71,9 +73,9 @@ class TrainingArgs(options.TrainingArgs):
     rho: options.Share = 0.01
     """the critic that plans and the policy that acts move by this share of the difference each update"""
     window: options.Count = 25
-    """consecutive steps to plan over; a minibatch is batch_size // window of these windows"""
+    """consecutive steps to plan over"""
     plan_windows: options.Count = 4
-    """windows of a minibatch that the critic learns from; the behaviour learns from all"""
+    """windows per learner and update that the critic learns from"""
     alpha: options.Weight = 20.0
     """how strongly V prefers candidates of high Q"""
     plan_candidates: options.Count = 8
@@ -104,6 +106,8 @@ class EvaluationArgs(options.EvaluationArgs):
     """how strongly the acting policy prefers candidates of high Q"""
     eval_candidates: options.Count = 8
     """behaviour actions per decision of the acting policy"""
+    eval_average: options.Count = 1
+    """how many of them are chosen and averaged; published: 1, on robots 4"""
     temperature: options.Weight = 1.0
     """standard deviation of the noise from which they start; 0: all of them are the same"""
 
@@ -114,14 +118,14 @@ class Args(shared.DataArgs, TrainingArgs, NetworkArgs, EvaluationArgs, options.R
 
     def __post_init__(self):
         super().__post_init__()
-        if self.batch_size < self.window:
-            raise UserError(f"--batch-size {self.batch_size}: must hold at least one --window of {self.window}")
+        if self.eval_average > self.eval_candidates:
+            raise UserError(f"--eval-average {self.eval_average}: at most --eval-candidates {self.eval_candidates}")
 
 
 # reward_scale gives returns a spread of about 1, as alpha expects.
 SETTINGS = settings_table(
     particles=dict(updates=4_000, gamma=0.95, reward_scale=0.2, batch_size=256, eval_interval=2_000),
-    mujoco=dict(updates=6_000, gamma=0.99, reward_scale=0.05, batch_size=256),
+    mujoco=dict(updates=6_000, gamma=0.99, reward_scale=0.05, batch_size=256, eval_candidates=32, eval_average=4),
     rows={scenario: {"random": dict(eval_alpha=100.0)} for scenario in (*SCENARIOS, OWN, "HalfCheetah")},
 )
 
@@ -136,18 +140,26 @@ class Critic(MLP):
         return super().forward(torch.cat([obs, action], -1))[..., 0]
 
 
+class Windows(NamedTuple):
+    """Windows of H consecutive steps, one after the other: W is their number times H. And random numbers."""
+
+    obs: Tensor  # [L, W, d]
+    action: Tensor  # [L, W, A]
+    reward: Tensor  # [L, W]
+    next_obs: Tensor  # [L, W, d]
+    done: Tensor  # [L, W], 1 after a terminal state
+    real: Tensor  # [L, W], 0 for what a window has outside its trajectory
+    noise: Tensor  # [L, W, K, A], starts the behaviour's chains
+
+
 class Batch(NamedTuple):
-    """Windows of H consecutive steps, one after the other: B is their number times H. And all random numbers."""
+    """Transitions and random numbers for the behaviour, windows for the critic."""
 
     obs: Tensor  # [L, B, d]
     action: Tensor  # [L, B, A]
-    reward: Tensor  # [L, B]
-    next_obs: Tensor  # [L, B, d]
-    done: Tensor  # [L, B], 1 after a terminal state
-    real: Tensor  # [L, B], 0 for what a window has beyond the end of its trajectory
     tau: Tensor  # [L, B], diffusion times
     eps: Tensor  # [L, B, A], noise of the diffusion loss
-    plan_noise: Tensor  # [L, B', K, A], starts the behaviour's chains; the critic learns from the first B' steps only
+    windows: Windows
 
 
 def candidates(policy, obs: Tensor, noise: Tensor) -> Tensor:
@@ -171,24 +183,27 @@ def planning(reward: Tensor, next_value: Tensor, real: Tensor, gamma: float) -> 
     return torch.stack(planned[::-1], -1)
 
 
-def critic_loss(critic, target_critic, policy, batch: Batch, window: int, gamma: float, alpha: float):
-    """Squared error to the planned returns, [L], and a dict of metrics [L]."""
-    batch = Batch(*(x[:, : batch.plan_noise.shape[1]] for x in batch))
+def critic_loss(critic, target_critic, policy, windows: Windows, length: int, gamma: float, alpha: float):
+    """Squared error to the planned returns, [L], and a dict of metrics [L]; the windows have `length` steps each."""
+    obs, action, reward, next_obs, done, real, noise = windows
     with torch.no_grad():
-        actions = candidates(policy, batch.next_obs, batch.plan_noise)
-        next_value = (1 - batch.done) * value(q_of_candidates(target_critic, batch.next_obs, actions), alpha)  # [L, B]
-        windows = [x.unflatten(1, (-1, window)) for x in (batch.reward, next_value, batch.real)]
-        target = planning(*windows, gamma).flatten(1)
-    q = critic(batch.obs, batch.action)
-    loss = (batch.real * (q - target).square()).sum(1) / batch.real.sum(1)
+        actions = candidates(policy, next_obs, noise)
+        next_value = (1 - done) * value(q_of_candidates(target_critic, next_obs, actions), alpha)  # [L, W]
+        columns = [x.unflatten(1, (-1, length)) for x in (reward, next_value, real)]
+        target = planning(*columns, gamma).flatten(1)
+    q = critic(obs, action)
+    loss = (real * (q - target).square()).sum(1) / real.sum(1)
     return loss, {"losses/td": loss.detach(), "charts/q_data": q.detach().mean(1), "charts/value": next_value.mean(1)}
 
 
-def choose(q: Tensor, actions: Tensor, alpha: float, generator=None) -> Tensor:
-    """Draw one of K actions with probability softmax(alpha Q): q [..., K], actions [..., K, A] -> [..., A]."""
-    probability = (alpha * q).softmax(-1).flatten(0, -2)
-    index = torch.multinomial(probability, 1, generator=generator).view(*q.shape[:-1], 1, 1)
-    return actions.take_along_dim(index, -2).squeeze(-2)
+def choose(q: Tensor, actions: Tensor, alpha: float, num: int = 1, generator=None) -> Tensor:
+    """The mean of `num` different ones of K actions, drawn with probability softmax(alpha Q).
+
+    q [..., K], actions [..., K, A] -> [..., A].
+    """
+    probability = (alpha * q).softmax(-1).flatten(0, -2).clamp(min=1e-30)  # too few above 0 could not be drawn
+    index = torch.multinomial(probability, num, generator=generator).view(*q.shape[:-1], num, 1)
+    return actions.take_along_dim(index, -2).mean(-2)
 
 
 def make_learners(args: Args, env) -> nn.ModuleDict:
@@ -203,30 +218,35 @@ def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.opti
     return adam(learners, policy=args.actor_lr, critic=args.critic_lr)
 
 
-def sample_batch(data, args: Args) -> Batch:
-    """Windows for all learners, and the random numbers of their update."""
+def sample_windows(data, args: Args) -> Windows:
+    """Windows for all learners, which hold every step of an episode as often. A short episode has one window only."""
     (n, _, A), device = data.action.shape, data.obs.device
-    L, M, H = args.num_seeds * n, args.batch_size // args.window, args.window
-    episode = draw(data.episodes, L, M, 1)
-    length = data.lengths[episode]
-    offset = (torch.rand(L, M, 1, device=device) * (length - H + 1).clamp(min=1)).long()
-    step = offset + torch.arange(H, device=device)  # [L, M, H]
-    row = (data.starts[episode] + torch.minimum(step, length - 1)).flatten(1)  # [L, M * H]
+    L, M, H = args.num_seeds * n, args.plan_windows, args.window
+    episode = torch.searchsorted(data.starts, draw(data.index, L, M, 1), right=True) - 1
+    start, length = data.starts[episode], data.lengths[episode]
+    first = (torch.rand(L, M, 1, device=device) * (length + H - 1)).long() - (H - 1)  # some begin before the episode
+    step = torch.where(length > H, first, 0) + torch.arange(H, device=device)  # [L, M, H]
+    row = (start + torch.minimum(step.clamp(min=0), length - 1)).flatten(1)  # [L, M * H]
     agent = torch.arange(L, device=device)[:, None] % n
     columns = (data.obs, data.action, data.reward, data.next_obs, data.done)
-    return Batch(
+    return Windows(
         *(x[agent, row] for x in columns),
-        real=(step < length).flatten(1).to(data.obs.dtype),
-        tau=1e-5 + (1 - 1e-5) * torch.rand(L, M * H, device=device),
-        eps=torch.randn(L, M * H, A, device=device),
-        plan_noise=torch.randn(L, min(M, args.plan_windows) * H, args.plan_candidates, A, device=device),
+        real=((step >= 0) & (step < length)).flatten(1).to(data.obs.dtype),
+        noise=torch.randn(L, M * H, args.plan_candidates, A, device=device),
     )
+
+
+def sample_batch(data, args: Args) -> Batch:
+    """Minibatches and windows for all learners, and the random numbers of their update."""
+    obs, action, *_ = sample_transitions(data, args)
+    tau = 1e-5 + (1 - 1e-5) * torch.rand(obs.shape[:2], device=obs.device)
+    return Batch(obs, action, tau, torch.randn_like(action), sample_windows(data, args))
 
 
 def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) -> dict[str, Tensor]:
     """One step of all behaviour policies and critics. Returns metrics, each [L]."""
     policy, critic, target_critic = (learners[name] for name in ("policy", "critic", "target_critic"))
-    loss, metrics = critic_loss(critic, target_critic, policy, batch, args.window, args.gamma, args.alpha)
+    loss, metrics = critic_loss(critic, target_critic, policy, batch.windows, args.window, args.gamma, args.alpha)
     gradient_step(learners, optimizers, "critic", loss, max_norm=0)
     loss = diffusion_loss(policy, batch)
     gradient_step(learners, optimizers, "policy", loss, max_norm=0)
@@ -241,7 +261,8 @@ def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Gener
     A = learners["critic"].layers[0].weight.shape[1] - obs.shape[-1]
     noise = torch.randn(*obs.shape[:2], args.eval_candidates, A, generator=generator, device=obs.device)
     actions = candidates(learners["target_policy"], obs, args.temperature * noise)
-    return choose(q_of_candidates(learners["critic"], obs, actions), actions, args.eval_alpha, generator)
+    q = q_of_candidates(learners["critic"], obs, actions)
+    return choose(q, actions, args.eval_alpha, args.eval_average, generator)
 
 
 MA_SFBC = Algorithm("ma_sfbc", Args, SETTINGS, make_learners, make_optimizers, sample_batch, update, act)

@@ -79,9 +79,9 @@ class Args(DataArgs, TrainingArgs, shared.CQLNetworkArgs, options.EvaluationArgs
             raise UserError(f"--omar-elites {self.omar_elites}: must be at most --omar-samples {self.omar_samples}")
 
 
-# As published with OMAR, except: updates on HalfCheetah are DOM2's; random-medium and medium-expert, which were not
-# published, have their neighbours' settings; batch normalisation, under which the critics cannot tell offset and scale
-# of the sampler's actions, is off where that brings more return.
+# As published with OMAR, except: on HalfCheetah what baselines/ma_cql.py names; random-medium and medium-expert, which
+# were not published, have their neighbours' settings; batch normalisation, under which the critics cannot tell offset
+# and scale of the sampler's actions, is off where that brings more return.
 SETTINGS = settings_table(
     particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
     mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)
@@ -140,8 +140,8 @@ def zeroth_order(q_fn, noise: Tensor, sigma: float, num_elites: int = 0) -> tupl
     """Maximise Q over actions by sampling from a Gaussian N(mu, sigma^2), refitted in every iteration.
 
     mu becomes the mean of the samples weighted by softmax(Q), sigma their root mean square distance from it. With
-    `num_elites` above 0 instead mean and standard deviation of the best samples, which stay among the next ones: the
-    cross-entropy method, as published for HalfCheetah.
+    `num_elites` above 0 instead mean and standard deviation of the best samples, which stay among the next ones with
+    their Q: the cross-entropy method, as published for HalfCheetah.
 
     Args:
         q_fn: actions [L, B, K, A] -> Q [L, B, K].
@@ -151,12 +151,13 @@ def zeroth_order(q_fn, noise: Tensor, sigma: float, num_elites: int = 0) -> tupl
     Returns:
         the best action of the last iteration [L, B, A], and its Q [L, B].
     """
-    mu, kept = torch.zeros_like(noise[0, :, :, :1]), noise[0, :, :, :0]
+    mu, kept, kept_q = torch.zeros_like(noise[0, :, :, :1]), noise[0, :, :, :0], noise[0, :, :, :0, 0]
     for eps in noise:
-        samples = torch.cat([(mu + sigma * eps).clamp(-1, 1), kept], 2)
-        q = q_fn(samples)
+        new = (mu + sigma * eps).clamp(-1, 1)
+        samples, q = torch.cat([new, kept], 2), torch.cat([q_fn(new), kept_q], -1)
         if num_elites:
-            kept = samples.take_along_dim(q.topk(num_elites).indices[..., None], 2)
+            kept_q, elites = q.topk(num_elites)
+            kept = samples.take_along_dim(elites[..., None], 2)
             mu, sigma = kept.mean(2, keepdim=True), kept.std(2, keepdim=True)
         else:
             mu = (q.softmax(-1)[..., None] * samples).sum(2, keepdim=True)

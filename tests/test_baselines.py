@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ import common
 import dom2_mamujoco
 import dom2_mpe
 import mamujoco_env
-from baselines import ma_bc, ma_cql, ma_sfbc, ma_td3bc, madiff, omar, shared
+from baselines import ma_bc, ma_cql, ma_diffusion_ql, ma_sfbc, ma_td3bc, madiff, omar, shared
 from baselines.ma_bc import MA_BC
 from baselines.ma_cql import MA_CQL
 from baselines.ma_diffusion_ql import MA_DIFFUSION_QL
@@ -323,24 +324,22 @@ def test_sfbc_critic_loss():
     critic, policy = learners["critic"], learners["policy"]
     target_critic = networks(ma_sfbc.Critic, L, D, A, (7, 6))
     obs, next_obs, action = normal(L, 9, D), normal(L, 9, D, seed=1), normal(L, 9, A, seed=2).tanh()
-    real = torch.tensor([[1.0, 1, 1, 1, 1, 0, 1, 1, 1]] * L).double()
+    real = torch.tensor([[1.0, 1, 1, 1, 1, 0, 0, 1, 1]] * L).double()  # one ends with its episode, one begins with it
     done = torch.tensor([[0.0, 0, 0, 0, 1, 0, 0, 0, 0]] * L).double()
-    reward, tau, eps = normal(L, 9, seed=3), normal(L, 9, seed=5), normal(L, 9, A, seed=6)
-    plan_noise = normal(L, 6, 5, A, seed=4)  # two of the three windows are planned over
-    batch = ma_sfbc.Batch(obs, action, reward, next_obs, done, real, tau, eps, plan_noise)
-    loss, _ = ma_sfbc.critic_loss(critic, target_critic, policy, batch, 3, 0.9, 2.0)
-    obs, action, next_obs, done = obs[:, :6], action[:, :6], next_obs[:, :6], done[:, :6]
-    candidates = torch.stack([policy(next_obs, batch.plan_noise[:, :, k]) for k in range(5)], 2)
+    reward, noise = normal(L, 9, seed=3), normal(L, 9, 5, A, seed=4)
+    windows = ma_sfbc.Windows(obs, action, reward, next_obs, done, real, noise)
+    loss, _ = ma_sfbc.critic_loss(critic, target_critic, policy, windows, 3, 0.9, 2.0)
+    candidates = torch.stack([policy(next_obs, noise[:, :, k]) for k in range(5)], 2)
     q = torch.stack([target_critic(next_obs, candidates[:, :, k]) for k in range(5)], -1)
     value = (1 - done) * (torch.softmax(2.0 * q, -1) * q).sum(-1)
     for i in range(L):
         errors = []
-        for steps in ((0, 1, 2), (3, 4)):
+        for steps in ((0, 1, 2), (3, 4), (7, 8)):
             later = -math.inf
             for t in reversed(steps):
-                later = batch.reward[i, t] + 0.9 * max(later, value[i, t])
+                later = reward[i, t] + 0.9 * max(later, value[i, t])
                 errors.append((critic(obs, action)[i, t] - later) ** 2)
-        close(loss[i], sum(errors) / 5)
+        close(loss[i], sum(errors) / 7)
 
 
 def test_sfbc_critic_is_a_plain_mlp():
@@ -462,6 +461,27 @@ def test_omar_sampler_escapes_a_local_maximum():
     assert ((found - 0.6).abs() < 0.3).double().mean() > 0.9
 
 
+def test_omar_elites_keep_the_q_with_which_they_were_chosen():
+    """With batch normalisation Q depends on all actions of a call, as here. OMAR's loop, for every observation."""
+    noise, found = normal(3, L, B, 6, A, seed=2), []
+
+    def q_fn(a):
+        return (3 * a).sin().sum(-1) + a.square().sum((-2, -1))[..., None]
+
+    for i, b in product(range(L), range(B)):
+        mu, sigma, kept = torch.zeros(A), torch.tensor(1.0), []
+        for eps in noise[:, i, b]:
+            new = (mu + sigma * eps).clamp(-1, 1)
+            pool = [*zip(q_fn(new[None, None])[0, 0], new, strict=True), *kept]
+            kept = sorted(pool, key=lambda pair: -pair[0])[:2]
+            elites = torch.stack([action for _, action in kept])
+            mu, sigma = elites.mean(0), elites.std(0)
+        found.append(kept[0])
+    actions, q = omar.zeroth_order(q_fn, noise, 1.0, 2)
+    close(q.flatten(), torch.stack([q for q, _ in found]))
+    close(actions.flatten(0, 1), torch.stack([action for _, action in found]))
+
+
 def test_omar_elites_stay_among_the_samples():
     """With noise of one iteration only, nothing better can be found later: the first one's best is kept."""
     optimum = normal(L, B, A).tanh()
@@ -482,8 +502,20 @@ def test_sfbc_chooses_with_probability_softmax_of_q():
     actions = torch.eye(3).expand(20_000, 3, 3)
     generator = torch.Generator().manual_seed(0)
     for alpha in (0.0, 2.0):
-        share = ma_sfbc.choose(q, actions, alpha, generator).mean(0)
+        share = ma_sfbc.choose(q, actions, alpha, generator=generator).mean(0)
         close(share, torch.softmax(alpha * q[0], -1), 0.02)
+
+
+def test_sfbc_averages_different_candidates():
+    """Two of three, the second drawn by softmax(alpha Q) among those that are left; also where Q leaves only one."""
+    q, generator = torch.tensor([[0.0, 0.5, 1.0]]).expand(20_000, 3), torch.Generator().manual_seed(0)
+    p = torch.softmax(2.0 * q[0], -1)
+    chosen = ma_sfbc.choose(q, torch.eye(3).expand(20_000, 3, 3), 2.0, 2, generator)
+    assert (chosen == 0.5).sum(-1).eq(2).all()
+    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    left_out = [sum(p[i] * p[j] / (1 - p[i]) for i, j in pairs if k not in (i, j)) for k in range(3)]
+    close((chosen == 0).float().mean(0), torch.stack(left_out), 0.02)
+    assert (ma_sfbc.choose(q, torch.eye(3).expand(20_000, 3, 3), 1e6, 2, generator)[:, 2] == 0.5).all()
 
 
 def two_modes(num_episodes=200, steps=4):
@@ -636,20 +668,30 @@ def test_madiff_windows():
 def test_sfbc_windows():
     data, H = ramp(), 4
     torch.manual_seed(0)
-    args = options(MA_SFBC, num_seeds=2, batch_size=4 * 500, window=H)
+    args = options(MA_SFBC, num_seeds=2, batch_size=500, plan_windows=4_000, window=H)
     batch = ma_sfbc.sample_batch(data, args)
-    first = batch.obs[..., 0].view(4, 500, H)
-    assert (first[[0, 2]] < 1000).all() and (first[[1, 3]] >= 1000).all()  # each agent's own
-    ends = data.starts + data.lengths
-    for window, real in zip((first % 1000).flatten(0, 1), batch.real.view(-1, H), strict=True):
-        end = ends[ends > window[0]][0]
-        steps = window[0] + torch.arange(H)
-        assert torch.equal(window, steps.clamp(max=end - 1)) and torch.equal(real, (steps < end).float())
-    starts = (first % 1000)[..., 0].long().flatten().bincount(minlength=17)
-    # the first has windows from 0 and 1, the second is shorter than a window, the third has them from 8 to 13
-    assert set(starts.nonzero().flatten().tolist()) == {0, 1, 5, *range(8, 14)}
-    assert torch.equal(batch.next_obs, batch.obs + 0.5)
-    assert batch.plan_noise.shape == (4, args.plan_windows * H, args.plan_candidates, A)
+    windows = batch.windows
+    obs = windows.obs[..., 0].view(4, 4_000, H)
+    assert (obs[[0, 2]] < 1000).all() and (obs[[1, 3]] >= 1000).all()  # each agent's own
+    # the first trajectory has the rows 0 to 4, the second 5 to 7, fewer than a window, the third 8 to 16
+    expected, found = {(0, range(-3, 5)), (5, range(5, 6)), (8, range(5, 17))}, set()
+    for window, real in zip((obs % 1000).flatten(0, 1).tolist(), windows.real.view(-1, H).tolist(), strict=True):
+        start, end = next((s, s + n) for s, n in zip(data.starts, data.lengths, strict=True) if window[0] < s + n)
+        rows = [row for row, is_real in zip(window, real, strict=True) if is_real]
+        first = rows[0] - real.index(1)
+        assert window == [min(max(first + h, start), end - 1) for h in range(H)]
+        assert real == [start <= first + h < end for h in range(H)]
+        found.add((int(start), first))
+    counts = torch.zeros(17)
+    counts.index_add_(0, (obs % 1000).flatten().long(), windows.real.flatten())
+    for rows in (range(5), range(5, 8), range(8, 17)):  # every step of a trajectory as often
+        share = counts[list(rows)] / counts[list(rows)].sum()
+        close(share, torch.full((len(rows),), 1 / len(rows)), 0.015)
+    assert found == {(start, first) for start, firsts in expected for first in firsts}
+    assert torch.equal(windows.next_obs, windows.obs + 0.5)
+    assert windows.noise.shape == (4, 4_000 * H, args.plan_candidates, A)
+    assert batch.obs.shape == (4, 500, D) and (batch.obs[..., 0] % 1000).unique().tolist() == list(range(17))
+    close(batch.action[..., 0], batch.obs[..., 0] % 1000)
 
 
 # ---- updates ----
@@ -787,8 +829,9 @@ def test_diffusion_ql_draws_noise_for_every_step_of_its_chains():
     assert batch.target_noise.shape == batch.policy_noise.shape == (6, B, 3 * A) and batch.eps.shape == (6, B, A)
     for noise in (batch.target_noise, batch.policy_noise):
         assert len(noise.unique()) == noise.numel()
-    grid = torch.tensor(dom2_mpe.time_grid(3))
-    assert ((batch.tau[..., None] - grid).abs().amin(-1) < 1e-6).all()
+    called = []  # the times at which the network is asked, which are those that it learns
+    ma_diffusion_ql.ddpm(lambda a, t: called.append(t) or a, torch.randn(1, 3 * A), dom2_mpe.NoiseSchedule(), 3)
+    close(batch.tau.unique(), sorted(called), 1e-6)
 
 
 @pytest.mark.parametrize("scenario", ALL_SCENARIOS)
@@ -1063,7 +1106,7 @@ BAD = [
     ("omar", "omar_elites", 11),
     ("omar", "omar_sigma", 0.0),
     ("ma_sfbc", "window", 0),
-    ("ma_sfbc", "window", 257),
+    ("ma_sfbc", "eval_average", 9),
     ("ma_sfbc", "alpha", math.inf),
     ("ma_sfbc", "plan_candidates", 0),
     ("ma_sfbc", "eval_candidates", 0),
