@@ -10,6 +10,7 @@ reads `results/paper.csv` and the raw results, which lie on two shelves:
 from __future__ import annotations
 
 import json
+import math
 import os
 from itertools import chain, product
 from pathlib import Path
@@ -244,12 +245,18 @@ def iqm(x: np.ndarray) -> np.ndarray:
     return np.sort(x, -1)[..., cut : x.shape[-1] - cut].mean(-1)
 
 
+def pooled(tasks: list[np.ndarray]) -> np.ndarray:
+    """Scores [..., seeds] of all tasks in one row, so often that tasks of few seeds and of many weigh the same."""
+    least = math.lcm(*(x.shape[-1] for x in tasks))
+    return np.concatenate([x.repeat(least // x.shape[-1], -1) for x in tasks], -1)
+
+
 def interval(tasks: list[np.ndarray], samples: int = 2000) -> tuple[float, float]:
     """95% interval of the interquartile mean over all `tasks` together, by stratified bootstrap: the seeds of each
     task ([seeds]) are resampled (Agarwal et al. 2021)."""
     rng = np.random.default_rng(0)
     drawn = [x[rng.integers(len(x), size=(samples, len(x)))] for x in tasks]
-    low, high = np.percentile(iqm(np.concatenate(drawn, 1)), (2.5, 97.5))
+    low, high = np.percentile(iqm(pooled(drawn)), (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -357,7 +364,7 @@ def show_score(rows: list[Row], variant: Variant) -> str:
     if not all(variant in row.here for row in rows):
         return "-"
     tasks = [row.here[variant].normalised for row in rows]
-    return "{:.1f} [{:.1f}, {:.1f}]".format(iqm(np.concatenate(tasks)), *interval(tasks))
+    return "{:.1f} [{:.1f}, {:.1f}]".format(iqm(pooled(tasks)), *interval(tasks))
 
 
 def show_assignments(row: Row, variant: Variant) -> str:
@@ -573,7 +580,8 @@ GROUPS = {
 
 STATISTICS = """A task is one dataset in one environment. The tables show, for every algorithm:
 
-- the interquartile mean (without the lowest and the highest quarter) of the normalised scores over all tasks and seeds;
+- the interquartile mean (without the lowest and the highest quarter) of the normalised scores over all tasks and seeds,
+  every task with the same weight;
 - the probability that a seed of DOM2 scores higher than a seed of this algorithm on the same task, averaged over tasks.
 
 In brackets are 95% intervals by stratified bootstrap (Agarwal et al. 2021). A dash: not all tasks have been run. The
@@ -599,7 +607,7 @@ def aggregates(rows: list[Row]) -> list[Aggregate]:
         for variant in TABLE:
             scores = [row.here[variant].normalised for row in group if variant in row.here]
             both = [row.here for row in group if {variant, dom2} <= row.here.keys() and variant != dom2]
-            score = (float(iqm(np.concatenate(scores))), *interval(scores)) if len(scores) == len(group) > 0 else None
+            score = (float(iqm(pooled(scores))), *interval(scores)) if len(scores) == len(group) > 0 else None
             pairs = [[here[v].normalised for here in both] for v in (dom2, variant)]
             found.append(Aggregate(name, variant, len(scores), score, improvement(*pairs) if both else None))
     return found

@@ -549,9 +549,10 @@ def test_probability_of_improvement():
 
 
 def exact_interval(tasks):
-    """All resamples of each task's seeds, combined."""
+    """All resamples of each task's seeds, combined; a task of two seeds has each of them twice beside one of four."""
     resamples = itertools.product(*(itertools.product(x, repeat=len(x)) for x in tasks))
-    means = [trim_mean(np.concatenate(r), 0.25) for r in resamples]
+    most = max(map(len, tasks))
+    means = [trim_mean([score for x in r for score in x * (most // len(x))], 0.25) for r in resamples]
     return np.quantile(means, (0.025, 0.975), method="inverted_cdf")
 
 
@@ -563,6 +564,12 @@ def test_bootstrap_interval_is_that_of_all_resamples(sizes):
     np.testing.assert_allclose(report.interval(tasks, 100_000), exact, atol=0.05)
     if sizes == (3,):  # the extreme resamples have a weight of 1/27 each, above 2.5%
         np.testing.assert_allclose(exact, (tasks[0].min(), tasks[0].max()))
+
+
+def test_tasks_of_few_seeds_weigh_as_much_as_those_of_many():
+    tasks = [np.array([0.0, 1.0, 2.0]), np.full(2, 10.0), np.array([4.0])]
+    assert sorted(report.pooled(tasks)) == [0, 0, 1, 1, 2, 2, *6 * [4], *6 * [10]]
+    assert len(report.pooled([np.zeros(5), np.ones(5)])) == 10
 
 
 def test_bootstrap_resamples_within_tasks():
