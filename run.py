@@ -36,7 +36,8 @@ from utils.provenance import git_commit, hardware, script_command
 # Options that may change when a run is continued or evaluated again; with a policy file also --run-dir.
 MACHINE = {"data_dir", "cuda", "compile", "resume", "eval_only", "capture_video"}
 WITH_RESUME = MACHINE | {"track", "updates", "lr", "actor_lr", "critic_lr", "eval_interval", "eval_episodes", "shift"}
-WITH_EVAL_ONLY = MACHINE | {"eval_episodes", "eval_candidates", "eval_alpha", "temperature", "shift"}
+ACTING = {"temperature", "eval_candidates", "eval_alpha", "eval_average", "target_return", "guidance"}
+WITH_EVAL_ONLY = MACHINE | ACTING | {"eval_episodes", "shift"}
 
 
 class Algorithm(NamedTuple):

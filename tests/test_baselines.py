@@ -872,6 +872,13 @@ def go_on(name, folder, **changes):
     return train(replace(stored, **changes), BASELINES[name])
 
 
+ACTING = {  # options of acting, which --eval-only may change
+    "ma_sfbc": {"eval_alpha": 0.0, "eval_average": 2, "temperature": 0.5},
+    "madiff": {"guidance": 0.0, "target_return": 0.1, "temperature": 1.0},
+    "ma_diffusion_ql": {"eval_candidates": 5, "temperature": 0.5},
+}
+
+
 @every_baseline
 @pytest.mark.parametrize("scenario", ["simple_spread", "simple_tag"])
 def test_whole_run(name, scenario, tiny, tmp_path, capsys):
@@ -886,9 +893,9 @@ def test_whole_run(name, scenario, tiny, tmp_path, capsys):
     assert f"{NAMES[name]} on {scenario}/medium" in capsys.readouterr().out
     again = go_on(name, folder, eval_only=str(folder), eval_episodes=3)
     assert again["returns"] == results["returns"]
-    if name == "ma_sfbc":
-        at_random = go_on(name, folder, eval_only=str(folder), eval_alpha=0.0)
-        assert at_random["settings"]["eval_alpha"] == 0 and at_random["returns"] != results["returns"]
+    for option, value in ACTING.get(name, {}).items():
+        other = go_on(name, folder, eval_only=str(folder), **{option: value})
+        assert other["settings"][option] == value and other["returns"] != results["returns"]
     env, played = parallel_env(scenario), []
     for seed in (0, 1):
         policy, (obs, _) = TrainedPolicy(folder, seed, algorithm=algorithm), env.reset(seed=0)
