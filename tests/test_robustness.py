@@ -646,10 +646,12 @@ INVALID = {
 
 def contradictory(given, defaults):
     """Options that are valid alone but not together."""
-    given = defaults | given
-    if given["batch_size"] < given.get("window", 1) or ("horizon" in given and given["batch_size"] < 2):
+    named, given = set(given), defaults | given
+    if "horizon" in given and given["batch_size"] < 2:
         return True
-    if given["thresholds"] and not given["augment"]:
+    if not given["augment"] and (given["thresholds"] or {"quantiles", "copies"} & named):
+        return True
+    if given["thresholds"] and "quantiles" in named:
         return True
     return given.get("eta") == 0 and given.get("bc_weight") == 0
 
