@@ -424,9 +424,10 @@ def test_one_notion_of_where_episodes_end(rows, ends, begin, data_dir, tmp_path)
     numbered = numbered.replicated(lambda returns: dom2_mpe.augment(returns, half))
     for script in ("baselines/ma_sfbc", "baselines/madiff"):
         algorithm, small = SCRIPTS[script]
-        args = algorithm.args(**small | dict(dataset="random", batch_size=800))
-        batch = algorithm.sample_batch(numbered, args)
-        windows = batch.obs.reshape(N, -1, small.get("window") or small["horizon"])
+        many = dict(batch_size=800) if script == "baselines/madiff" else dict(plan_windows=200)
+        batch = algorithm.sample_batch(numbered, algorithm.args(**small | dict(dataset="random") | many))
+        obs = batch.obs if script == "baselines/madiff" else batch.windows.obs
+        windows = obs.reshape(N, -1, small.get("window") or small["horizon"])
         assert (windows == windows[..., :1]).all() and windows.unique().numel() > len(lengths) / 2
 
 

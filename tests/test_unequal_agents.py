@@ -369,7 +369,9 @@ def stacked(name, **changes):
 def doubled(batch):
     if isinstance(batch, tuple) and not hasattr(batch, "_fields"):
         return tuple(map(doubled, batch))
-    return type(batch)(*(x.double() if x.is_floating_point() else x for x in batch))
+    if isinstance(batch, tuple):
+        return type(batch)(*map(doubled, batch))
+    return batch.double() if batch.is_floating_point() else batch
 
 
 def cut_batch(batch, learner):
@@ -378,9 +380,12 @@ def cut_batch(batch, learner):
         return tuple(cut_batch(b, learner) for b in batch)
     parts, size = {}, OWN[learner]
     for name, x in batch._asdict().items():
+        if isinstance(x, tuple):
+            parts[name] = cut_batch(x, learner)
+            continue
         axis = 1 if len(x) != L or (name == "policy_noise" and x.dim() == 5) or name == "sampler_noise" else 0
         x = x.narrow(axis, learner, 1)
-        if name in ("action", "random_actions", "policy_noise", "target_noise", "plan_noise", "sampler_noise") or (
+        if name in ("action", "random_actions", "policy_noise", "target_noise", "noise", "sampler_noise") or (
             name == "eps" and x.shape[-1] == A
         ):
             x = x.unflatten(-1, (-1, A))[..., :size].flatten(-2)
