@@ -18,8 +18,9 @@ What differs from the original:
 - It standardises returns at every recomputation, so that alpha has a scale; here rewards are standardised and scaled.
 - Sampling planning's candidates takes most of an update's time, so the critic learns from 4 windows at a time.
 - First-order DPM-Solver with 5 steps for third order with 15, DOM2's MLP for Figure 8's network of 512-256-128, batches
-  of 256 for 4,096, fewer updates at a behaviour learning rate of 2e-3 for 1e-4, 8 candidates for 16 in planning and for
-  32 in acting. eval_alpha is 10 for 100 but on random data: after so short a training the best by Q are often odd ones.
+  of 256 for 4,096, fewer updates at a behaviour learning rate of 2e-3 for 1e-4, 8 candidates for 16 in planning and,
+  in the particle environments, for 32 in acting. eval_alpha is 10 for 100 but on random data: after so short a training
+  the best by Q are often odd ones.
   `--noise-net residual --widths 512 256 128 --diffusion-steps 15 --plan-candidates 16 --batch-size 4096 --plan-windows
   163 --actor-lr 1e-4 --eval-candidates 32 --eval-alpha 100` and time undo most of it.
 """

@@ -193,8 +193,9 @@ def parse_groups(default, description: str, words: list[str]):
 
 def refuse_idle(args: DataArgs, words: list[str]) -> None:
     """Raise a UserError at a word of the command line that changes nothing beside the other options."""
-    for option in {"--quantiles", "--copies"} & {word.partition("=")[0] for word in words}:
-        if not args.augment:
+    named = {word.partition("=")[0] for word in words}
+    for option in ("--quantiles", "--copies"):
+        if option in named and not args.augment:
             raise UserError(f"{option}: nothing is replicated without --augment; leave it out or augment")
-        if args.thresholds and option == "--quantiles":
-            raise UserError("--quantiles: --thresholds take their place; give one of them")
+    if "--quantiles" in named and args.thresholds:
+        raise UserError("--quantiles: --thresholds take their place; give one of them")
