@@ -246,7 +246,6 @@ def test_runs_killed_at_any_moment_go_on_bit_for_bit(script, start, tmp_path, da
                 assert not list(folder.glob("runs/*/events.*"))
                 shutil.rmtree(folder / "runs", ignore_errors=True)
         assert_same_run(the_run(folder), the_run(tmp_path / "whole"))
-    assert chains > 1
 
 
 @pytest.mark.slow
