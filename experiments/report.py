@@ -295,12 +295,6 @@ class Row(NamedTuple):
     here: dict[Variant, Score]  # of the cells that have been run
     paper: dict[Variant, tuple[float, float]]  # mean and std
 
-    @property
-    def is_old(self) -> bool:
-        """Results of earlier settings and code, whose seeds begin with 0; their row is made again as a whole."""
-        shown = [score for variant, score in self.here.items() if "seed" not in dict(variant.options)]
-        return any(score.raw["settings"]["seed"] != FIRST_SEED for score in shown)
-
     def best(self, paper: bool = False) -> Variant | None:
         """The highest mean return here, or in the paper; None unless there are two to compare."""
         means = {v: score.returns.mean() for v, score in self.here.items()}
@@ -327,11 +321,15 @@ def read_rows(target: Target, results_dir: Path) -> list[Row]:
     return [row._replace(here=comparable(row.here)) for row in rows.values()]
 
 
+def is_old(variant: Variant, score: Score) -> bool:
+    """Whether a result is of earlier settings or code: its seeds begin with 0. One study has these on purpose."""
+    return "seed" not in dict(variant.options) and score.raw["settings"]["seed"] != FIRST_SEED
+
+
 def comparable(here: dict[Variant, Score]) -> dict[Variant, Score]:
-    """Without results of earlier code, whose seeds begin with 0, where the row has later ones or tells seeds apart."""
-    later = {v: s for v, s in here.items() if s.raw["settings"]["seed"] == FIRST_SEED}
-    other_seeds = {v: s for v, s in here.items() if "seed" in dict(v.options)}
-    return later | other_seeds or here
+    """Without an algorithm's old results where it has later ones, so that its variants differ in nothing else."""
+    renewed = {variant.algorithm for variant, score in here.items() if not is_old(variant, score)}
+    return {v: score for v, score in here.items() if not (v.algorithm in renewed and is_old(v, score))}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -352,10 +350,13 @@ def csv_table(rows: list[Row]) -> str:
 
 
 def show_return(row: Row, variant: Variant) -> str:
-    """Mean ± std over seeds, bold where it is the best; after a slash the paper's."""
-    x = row.here[variant].returns if variant in row.here else None
-    here = "-" if x is None else f"{x.mean():.1f} ± {x.std():.1f}"
-    here = f"**{here}**" if variant == row.best() else here
+    """Mean ± std over seeds, bold where it is the best, with a dagger if old; after a slash the paper's."""
+    here = "-"
+    if variant in row.here:
+        x = row.here[variant].returns
+        here = f"{x.mean():.1f} ± {x.std():.1f}"
+        here = f"**{here}**" if variant == row.best() else here
+        here += "†" if is_old(variant, row.here[variant]) else ""
     return here + (" / {} ± {}".format(*row.paper[variant]) if variant in row.paper else "")
 
 
@@ -411,7 +412,7 @@ def markdown(target: Target, rows: list[Row]) -> str:
         f"# {target.title}\n\n"
         "Returns: mean ± standard deviation over seeds here / the same in the paper; bold is the best here.\n"
         "Normalised scores: interquartile mean over seeds [95% bootstrap interval]. A dash: not run here.\n"
-        "A star: seeds 0 to 2 with earlier settings, to be made again.\n\n"
+        "A dagger (†): seeds 0 to 2 with earlier settings or code, to be made again.\n\n"
         f"{summary(target, rows)}\n"
     )
     for shift, scenario in dict.fromkeys((row.shift, row.scenario) for row in rows):
@@ -423,8 +424,7 @@ def markdown(target: Target, rows: list[Row]) -> str:
         scores = [["normalised score", *labels]]
         for row in group:
             winners = [variant.label if variant else "-" for variant in (row.best(), row.best(paper=True))]
-            name = row.dataset + ("*" if row.is_old else "")
-            returns.append([name, *(show_return(row, v) for v in columns), show_data(row), *winners])
+            returns.append([row.dataset, *(show_return(row, v) for v in columns), show_data(row), *winners])
             scores.append([row.dataset, *(show_score([row], v) for v in columns)])
         scores.append(["all", *(show_score(group, v) for v in columns)])
         text += f"\n## {scenario}, {'standard' if shift == 'none' else shift}\n\n{markdown_table(returns)}"
@@ -585,7 +585,7 @@ STATISTICS = """A task is one dataset in one environment. The tables show, for e
 - the probability that a seed of DOM2 scores higher than a seed of this algorithm on the same task, averaged over tasks.
 
 In brackets are 95% intervals by stratified bootstrap (Agarwal et al. 2021). A dash: not all tasks have been run. The
-CSV has the cells behind the numbers. Rows with a star in the tables count as well.
+CSV has the cells behind the numbers. Results with a dagger in the tables count as well.
 """
 
 
@@ -674,10 +674,11 @@ OVERVIEW = """# What did the experiments show?
 dataset in one environment. Each heading has its figure and a link to its table, which shows every mean and spread next
 to the paper's.
 
-Everything is being made again with today's code and settings and five seeds, 10 to 14, row by row: the settings were
-chosen with the seeds 0 to 2. The tables mark the other rows with a star. These have the seeds 0 to 2, DOM2 mostly with
-earlier settings, and in the particle environments also earlier code, in which the policies acted themselves and not
-their average ([more](../results/README.md#raw-results)).
+Everything is being made again with today's code and settings and five seeds, 10 to 14. The settings were chosen with
+the seeds 0 to 2. A dagger (†) in the tables marks older results. These have the seeds 0 to 2, DOM2 mostly with earlier
+settings, and in the particle environments also earlier code, in which the policies acted themselves and not their
+average ([more](../results/README.md#raw-results)). Where an algorithm has later results, its older variants are left
+out.
 """
 
 
