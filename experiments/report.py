@@ -398,10 +398,10 @@ def markdown_table(lines: list[list[str]]) -> str:
 
 def summary(target: Target, rows: list[Row]) -> str:
     """How many cells have been run, and which algorithm is best in how many rows."""
+    here, paper = (show_wins([row.best(paper) for row in rows]) for paper in (False, True))
     return (
         f"Cells run: {sum(len(row.here) for row in rows)} of {len(target.cells()) * len(target.shifts)}. "
-        f"Best algorithm, in rows with at least two: {show_wins([row.best() for row in rows])} here; "
-        f"{show_wins([row.best(paper=True) for row in rows])} in the paper."
+        f"Best algorithm, in rows with results of at least two algorithms: {here} here; {paper} in the paper."
     )
 
 

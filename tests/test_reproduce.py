@@ -628,7 +628,7 @@ def test_tables_of_known_results(tmp_path):
     assert ["medium", "-", "-", "50.0 [0.0, 100.0]", "-", "-"] in lines
     zeros = binom.ppf(0.975, 24, 0.25)  # of World's 6 x 4 scores, a quarter 0, the others 100; 6 are cut off
     assert ["all", f"100.0 [{100 * (18 - zeros) / 12:.1f}, 100.0]", "-", "-", "-"] in lines
-    assert "Cells run: 9 of 162. Best algorithm, in rows with at least two: BC 1 of 1 rows here; DOM2 18 of 18" in text
+    assert "Cells run: 9 of 162. " in text and "at least two algorithms: BC 1 of 1 rows here; DOM2 18 of 18" in text
 
     with open(tmp_path / "report/table1.csv", newline="") as f:
         table = {(line["variant"], line["scenario"], line["dataset"]): line for line in csv.DictReader(f)}
