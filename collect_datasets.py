@@ -18,7 +18,7 @@ are stored; the prey of predator-prey and World is part of the environment. MuJo
     random-medium, medium-expert   half and half, by whole episodes
 
 `pretrained/<scenario>.pt` holds the prey, the expert policies (`agent_params`, as in OMAR's files), the medium ones and
-the actions of a TD3 run, from which its replay buffer is made again. train_behaviour.py makes such a file.
+the actions of a TD3 run, from which its replay buffer is made again. experiments/train_behaviour.py makes such a file.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ from utils.program import UserError, program, replaced_folder, usable_cores
 
 # Standard deviation of the noise on the actions of the medium and expert policies (docs/halfcheetah-data.md)
 ACTION_NOISE = {("HalfCheetah", "medium"): 0.4, ("HalfCheetah", "expert"): 0.2}  # 0.1 of all others
+ARRAYS = ("obs", "acs", "rews", "next_obs", "dones", "states", "next_states")  # the layout's; of robots the last two
 BLOCK = 25  # episodes of MuJoCo that one core rolls out together
-# Mean returns of the published OMAR datasets, which the behaviour policies were trained for
+# Mean returns of version 0 of the published OMAR datasets, the targets of the behaviour policies (HalfCheetah's were
+# chosen otherwise, docs/halfcheetah-data.md). A task without a row has no behaviour policies.
 PUBLISHED = {
     "simple_spread": {"random": 159.6, "medium-replay": 203.7, "medium": 273.4, "expert": 531.0},
     "simple_tag": {"random": -4.1, "medium-replay": 3.9, "medium": 116.4, "expert": 207.9},
@@ -101,7 +103,7 @@ def noise_of(task: str, level: str, given: float | None = None) -> float:
     return ACTION_NOISE.get((task, level), 0.1) if given is None else given
 
 
-def behave(env, policies, generator: torch.Generator, action_noise: float):
+def behaviour_actions(env, policies, generator: torch.Generator, action_noise: float):
     """Observations [E, n, d] and step -> actions [E, n, A]: one frozen policy (state dict) per agent, with Gaussian
     noise; uniformly random ones where `policies` is None."""
     size = (env.num_envs, env.num_agents, env.action_size)
@@ -129,21 +131,13 @@ def rollout(env, act) -> tuple[dict[str, Tensor], Tensor]:
         arrays = [obs, action * env.action_scale, rewards[..., None], next_obs, dones]
         if state is not None:
             arrays += [x[:, None].expand(-1, env.num_agents, -1) for x in (state, env.state)]
-        steps.append(dict(zip(array_widths(env), arrays, strict=True)))
+        steps.append(dict(zip(ARRAYS, arrays, strict=False)))
         obs = next_obs
         if terminated.all():
             break
     running = torch.stack(running, 1)  # [E, T]
     block = {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}  # [E, T, n, width]
     return {name: x.float()[running].transpose(0, 1) for name, x in block.items()}, running.sum(1)
-
-
-def array_widths(env) -> dict[str, int]:
-    """The layout's arrays and how many numbers each holds per transition."""
-    widths = {"obs": env.obs_size, "acs": env.action_size, "rews": 1, "next_obs": env.obs_size, "dones": 1}
-    if env.state is not None:
-        widths |= {"states": env.state.shape[1], "next_states": env.state.shape[1]}
-    return widths
 
 
 def team_returns(block: dict[str, Tensor], lengths: Tensor) -> Tensor:
@@ -181,7 +175,7 @@ def rollout_block(task: str, num_envs: int, seed: tuple[int, ...], policies, act
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     env = worker_env(task, num_envs)
     env.seed(seed)
-    return rollout(env, behave(env, policies, generator, action_noise))
+    return rollout(env, behaviour_actions(env, policies, generator, action_noise))
 
 
 def parallel_rollouts(task: str, policies, action_noise: float, seed: tuple[int, ...], num_transitions: int):
@@ -239,7 +233,7 @@ def make_blocks(task: str, dataset: str, behaviour: dict, num_transitions: int, 
     for i, source in enumerate(sources):
         if particles:
             share = (episodes + i) // len(sources) * env.episode_steps
-            act = behave(env, behaviour.get(source), generator, noise[source])
+            act = behaviour_actions(env, behaviour.get(source), generator, noise[source])
             blocks = (rollout(env, act) for _ in count())
         else:
             share = num_transitions // len(sources)
@@ -311,7 +305,8 @@ def collect(
         raise UserError(f"--scenario {task}: of your own; docs/own-environment.md shows how to record it")
     args = Args((task,), (dataset,), num_transitions, data_dir, seed, overwrite, pretrained_dir, action_noise)
     num_transitions, seed = args.num_transitions, args.seed  # checked and converted
-    noise = {level: noise_of(task, level, args.action_noise) for level in dataset.split("-")}
+    levels = () if dataset == "medium-replay" else dataset.split("-")  # a replay repeats the noise of TD3
+    noise = {level: noise_of(task, level, args.action_noise) for level in levels}
     target, env = common.dataset_path(data_dir, task, dataset, seed), common.make_env(task)
     if task not in PUBLISHED and dataset != "random":
         raise UserError(
@@ -363,8 +358,11 @@ def print_table(made: list[dict]) -> None:
 
 def main() -> None:
     args = tyro.cli(Args, description=lines(__doc__))
-    for task in args.scenario:
-        common.make_env(task)  # all names are checked before anything is made
+    for task in args.scenario:  # all names are checked before anything is made
+        common.make_env(task)
+        for dataset in args.dataset:
+            if task not in PUBLISHED and dataset != "random":
+                raise UserError(f"--dataset {dataset}: {task} has no behaviour policies; only random data can be made")
     made = []
     for task in args.scenario:
         for dataset in args.dataset:

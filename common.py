@@ -44,7 +44,7 @@ def make_env(task: str, num_envs: int = 1, shift: str = "none", device="cpu", se
     if is_own(task):
         return OwnEnv(task, num_envs, shift, device, seed, render_mode)
     scenarios = (*particle_env.SCENARIOS, *mamujoco_env.SCENARIOS)
-    if task.partition("-")[0] not in scenarios:
+    if task not in scenarios and task.partition("-")[0] not in mamujoco_env.SCENARIOS:
         raise UserError(f"--scenario {task}: unknown; choose one of {', '.join(scenarios)}")
     try:
         if task in particle_env.SCENARIOS:
@@ -85,7 +85,7 @@ class Dataset(NamedTuple):
     lengths: Tensor  # [episodes], its number of rows
     returns: Tensor  # [episodes], team return: mean over agents of the sum of rewards
     metadata: dict  # of metadata.json, empty where there is none
-    versions: dict[str, int]  # {folder: its episodes}; one for all seeds, or one for each seed, one after the other
+    versions: dict[str, int]  # {folder, or share of it: its episodes}; one for all seeds, or one for each, in turn
     episodes: tuple[Tensor, ...] = ()  # of each version: trajectories (with replicas) that minibatches are drawn from
     index: tuple[Tensor, ...] = ()  # the rows of all those trajectories
 
@@ -108,7 +108,8 @@ def dataset_path(data_dir: str | Path, task: str, dataset: str, seed: int = 0) -
 
 
 def load_dataset(path: Path, env) -> Dataset:
-    """Load and check `<path>/{obs,acs,rews,next_obs,dones}_<agent>.npy`, where `path` is a `dataset_path`.
+    """Load and check `<path>/{obs,acs,rews,next_obs,dones}_<agent>.npy`, and `timeouts` where there are;
+    `path` is a `dataset_path`.
 
     Any float type is accepted and becomes float32. Where there is a `metadata.json`, its names and checksums must fit;
     datasets from elsewhere come without one and get every other check.

@@ -120,7 +120,7 @@ class Args(DataArgs, TrainingArgs, NetworkArgs, options.EvaluationArgs, options.
 
 # Values that replace the defaults for one dataset, found by experiment (docs/settings.md). Command-line options win.
 EVERYWHERE = dict(updates=6_000, batch_size=256, eval_interval=2_000, eval_episodes=32, shift=("random", "extreme"))
-SETTINGS = {
+ROWS = {
     "random": dict(rho=0.02),
     "random-medium": dict(rho=0.02, eta=3.0),
     "medium-replay": dict(rho=0.02, eta=8.0, quantiles=(0.9, 0.95, 0.99), copies=15),
@@ -128,7 +128,7 @@ SETTINGS = {
     "medium-expert": dict(eta=0.15),
     "expert": dict(eta=0.15),
 }
-SETTINGS = {(scenario, dataset): EVERYWHERE | row for scenario in SCENARIOS for dataset, row in SETTINGS.items()}
+SETTINGS = {(scenario, dataset): EVERYWHERE | row for scenario in SCENARIOS for dataset, row in ROWS.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------

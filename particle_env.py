@@ -311,10 +311,6 @@ class ParticleEnv:
             prey = prey - 2 * _boundary_penalty(pos[:, -1]) + 2 * eaten + 0.05 * food.amin(-1)
         return torch.cat([predators[:, None].expand(-1, d.shape[1]), prey[:, None]], 1)
 
-    def score(self, rewards: Tensor) -> Tensor:
-        """Step rewards [..., n] -> the team's [...]: the controlled agents' mean, whose sum is an episode's return."""
-        return rewards[..., : self.spec.num_controlled].mean(-1)
-
 
 class TeamEnv:
     """The controlled agents' side of a ParticleEnv: a frozen prey, where the scenario has one, is part of the world.

@@ -58,7 +58,7 @@ class Recorder(BaseParallelWrapper):
             if space.shape != (size,):
                 raise UserError(
                     f"{name}: has observations of shape {space.shape}, {scenario} has ({size},) (of a robot, with "
-                    "global_categories=() and its partition)"
+                    "the task's partition and global_categories)"
                 )
             if store is None and (not isinstance(action_space, Box) or action_space.shape != (entries,)):
                 raise UserError(

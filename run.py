@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
+from collect_datasets import prey_obs_size
 from own_env import OWN, is_own
-from particle_env import SCENARIOS, ParticleEnv
+from particle_env import SCENARIOS
 from utils import evaluation
 from utils.accelerate import compiled, cuda_graph
 from utils.checkpoints import drop_damaged, finite_state, load_checkpoint, locked, new_run_dir, restore
@@ -34,10 +35,10 @@ from utils.program import UserError, catch_signals, counted, disk_errors, save_t
 from utils.provenance import git_commit, hardware, script_command
 
 # Options that may change when a run is continued or evaluated again; with a policy file also --run-dir.
-MACHINE = {"data_dir", "cuda", "compile", "resume", "eval_only", "capture_video"}
-WITH_RESUME = MACHINE | {"track", "updates", "lr", "actor_lr", "critic_lr", "eval_interval", "eval_episodes", "shift"}
+ALWAYS = {"data_dir", "cuda", "compile", "resume", "eval_only", "capture_video"}
+WITH_RESUME = ALWAYS | {"track", "updates", "lr", "actor_lr", "critic_lr", "eval_interval", "eval_episodes", "shift"}
 ACTING = {"temperature", "eval_candidates", "eval_alpha", "eval_average", "target_return", "guidance"}
-WITH_EVAL_ONLY = MACHINE | ACTING | {"eval_episodes", "shift"}
+WITH_EVAL_ONLY = ALWAYS | ACTING | {"eval_episodes", "shift"}
 
 
 class Algorithm(NamedTuple):
@@ -66,7 +67,7 @@ def parse(algorithm: Algorithm, description: str, words: list[str] | None = None
     import tyro  # only programs need it
 
     @dataclass
-    class First:
+    class Source:
         scenario: str | None = None
         dataset: str | None = None
         resume: str | None = None
@@ -74,24 +75,24 @@ def parse(algorithm: Algorithm, description: str, words: list[str] | None = None
 
     words = sys.argv[1:] if words is None else words
     known = [word for word in words if word not in ("-h", "--help")]
-    first, _ = tyro.cli(First, args=known, return_unknown_args=True)
-    if first.resume or first.eval_only:
-        stored, _ = load_checkpoint(first.resume or first.eval_only, algorithm)
-        default = replace(stored, resume=first.resume, eval_only=first.eval_only, capture_video=False)
+    source, _ = tyro.cli(Source, args=known, return_unknown_args=True)
+    if source.resume or source.eval_only:
+        stored, _ = load_checkpoint(source.resume or source.eval_only, algorithm)
+        default = replace(stored, resume=source.resume, eval_only=source.eval_only, capture_video=False)
     else:
-        default = algorithm.args(first.scenario, first.dataset)
+        default = algorithm.args(source.scenario, source.dataset)
     return parse_groups(default, description, words)
 
 
 def scenario_prey(args) -> dict | None:
     """Parameters of the frozen prey of `args.scenario`, from --prey or pretrained/; None where there is no prey."""
-    spec = SCENARIOS.get(args.scenario)
-    if spec is None or len(spec.agents) == spec.num_controlled:
+    size = prey_obs_size(args.scenario)
+    if size is None:
         if getattr(args, "prey", None):
             raise UserError(f"--prey {args.prey}: {args.scenario} has no prey; leave the option out")
         return None
     path = args.prey or common.ROOT / "pretrained" / f"{args.scenario}.pt"
-    return load_prey(path, ParticleEnv(args.scenario, 1).obs_sizes[-1])
+    return load_prey(path, size)
 
 
 class Run:
@@ -188,8 +189,8 @@ class Run:
             self.path, self.stats = new_run_dir(self.args, self.algorithm.name), statistics(data)
         args = self.args
         of = f"{counted(args.num_seeds, 'seed')} x {counted(len(data.obs), 'agent')}"
-        learners = counted(args.num_seeds * len(data.obs), "learner")
-        print(f"{args.scenario}/{args.dataset}: {learners} ({of}), {self.path}")
+        team = counted(args.num_seeds * len(data.obs), "learner")
+        print(f"{args.scenario}/{args.dataset}: {team} ({of}), {self.path}")
         if self.first_update == args.updates:
             print(f"{self.path}: all its {counted(args.updates, 'update')} are made; a larger --updates goes on")
         if args.track:
@@ -246,6 +247,7 @@ class Run:
                 self.writer.add_scalar(tag, value.mean().item(), self.update)
 
     def check_finite(self, finite: Tensor, what: str) -> None:
+        """Raise a UserError that names the first learner where `finite` [L] is False."""
         if not finite.all():
             seed, agent = divmod(int(finite.int().argmin()), len(self.data.obs))
             raise UserError(
@@ -314,7 +316,8 @@ class Run:
             results["assignments"] = {shift: evaluation.assignments(self, shift) for shift in self.returns}
         print(evaluation.closing_table(results))
         name = "evaluation.json" if args.eval_only else "results.json"
-        with disk_errors(self.path, f"free some space; {self.continuation()} goes on"):
+        goes_on = "evaluate again" if args.eval_only else f"{self.continuation()} goes on"
+        with disk_errors(self.path, f"free some space; {goes_on}"):
             write_file(self.path / name, json.dumps(results, indent=2).encode() + b"\n")
             gif = self.path / ("evaluation.gif" if args.eval_only else "policy.gif")
             video = evaluation.write_gif(self, gif) if args.capture_video else None

@@ -23,18 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 
 from baselines import shared
 from baselines.shared import ObservationNorm, Policy, act, options, settings_table
-from dom2_mpe import (
-    Algorithm,
-    action_mask,
-    adam,
-    gradient_step,
-    parse,
-    program,
-    sample_transitions,
-    soft_update,
-    train,
-    with_targets,
-)
+from dom2_mpe import action_mask, adam, gradient_step, sample_transitions, soft_update, train, with_targets
+from run import Algorithm, parse
+from utils.program import program
 
 
 @dataclass

@@ -44,7 +44,9 @@ from baselines.shared import (
     sample_cql_batch,
     settings_table,
 )
-from dom2_mpe import Algorithm, parse, program, train
+from dom2_mpe import train
+from run import Algorithm, parse
+from utils.program import program
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """MA-Diffusion-QL: Diffusion-QL (Wang et al. 2023) for every agent by itself, the algorithm that DOM2 starts from.
 
     ddpm           ancestral sampling: fresh noise in every denoising step
-    sample_batch   the diffusion loss is at the times at which ddpm calls the network: not at tau_0, as in Eq. 3
+    sample_batch   the diffusion loss is at the times at which ddpm calls the network, without tau_0, which DOM2 has too
     update         DOM2's, with a network that predicts the noise, without conservative term and without augmentation
 
     python baselines/ma_diffusion_ql.py --scenario simple_tag --dataset random
@@ -11,7 +11,7 @@ Losses, networks, learning rates and updates are DOM2's, so that the two differ 
 What differs from the original:
 - The Q-loss is Eq. 5's. The original takes a random one of the twins for Q and the other one, at the policy's own
   action, for the scale. Its diffusion loss is the mean over action entries, where Eq. 3 has the sum.
-- Updates, networks (SiLU for Mish) and learning rates, which do not fall as the original's do; the moving average
+- Updates, networks (SiLU, not Mish) and learning rates, which do not fall as the original's do; the moving average
   begins at once and moves in every update.
 - One sample acts. The original draws one of 50 with probability softmax(Q); `--eval-candidates 50` takes their best.
 `--prediction action --augment` gives DOM2 with DDPM in place of DPM-Solver where DOM2 has zeta = 0; elsewhere add its
@@ -38,18 +38,17 @@ from baselines import shared
 from baselines.shared import options, settings_table
 from dom2_mpe import (
     DOM2,
-    Algorithm,
     Batch,
     DiffusionPolicy,
     NoiseSchedule,
     make_optimizers,
-    parse,
-    program,
     q_of_candidates,
     time_grid,
     train,
     update,
 )
+from run import Algorithm, parse
+from utils.program import program
 
 
 @dataclass

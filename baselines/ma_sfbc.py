@@ -17,11 +17,11 @@ What differs from the original:
 - The end of an episode is a time limit: R continues with V there, where the original stops with 0.
 - It standardises returns at every recomputation, so that alpha has a scale; here rewards are standardised and scaled.
 - Sampling planning's candidates takes most of an update's time, so the critic learns from 4 windows at a time.
-- First-order DPM-Solver with 5 steps for third order with 15, DOM2's MLP for Figure 8's network of 512-256-128, batches
-  of 256 for 4,096, fewer updates at a behaviour learning rate of 2e-3 for 1e-4, 8 candidates for 16 in planning and,
-  in the particle environments, for 32 in acting. eval_alpha is 10 for 100 but on random data: after so short a training
-  the best by Q are often odd ones.
-  `--noise-net residual --widths 512 256 128 --diffusion-steps 15 --plan-candidates 16 --batch-size 4096 --plan-windows
+- First-order DPM-Solver with 5 steps instead of third order with 15, DOM2's MLP instead of Figure 8's network of
+  512-256-128, batches of 256 instead of 4,096, fewer updates, at a behaviour learning rate of 2e-3 instead of 1e-4.
+- 8 candidates instead of 16 in planning and, in the particle environments, instead of 32 in acting. eval_alpha is 10
+  instead of 100, except on random data: after so short a training the best by Q are often odd ones.
+- `--noise-net residual --widths 512 256 128 --diffusion-steps 15 --plan-candidates 16 --batch-size 4096 --plan-windows
   163 --actor-lr 1e-4 --eval-candidates 32 --eval-alpha 100` and time undo most of it.
 """
 
@@ -43,20 +43,19 @@ from baselines import shared
 from baselines.shared import MLP, OWN, SCENARIOS, options, settings_table
 from dom2_mpe import (
     NOISE_NETS,
-    Algorithm,
     DiffusionPolicy,
     NoiseSchedule,
     action_mask,
     adam,
     diffusion_loss,
     gradient_step,
-    parse,
     q_of_candidates,
     sample_transitions,
     soft_update,
     train,
     with_targets,
 )
+from run import Algorithm, parse
 from utils.data import draw
 from utils.program import UserError, program
 

@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 
 from baselines import shared
 from baselines.shared import act, make_actor_critic, make_optimizers, options, settings_table
-from dom2_mpe import Algorithm, gradient_step, parse, program, sample_transitions, soft_update, train
+from dom2_mpe import gradient_step, sample_transitions, soft_update, train
+from run import Algorithm, parse
+from utils.program import program
 
 
 @dataclass

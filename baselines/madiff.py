@@ -43,14 +43,13 @@ from dom2_mpe import (
     adam,
     dpm_solver,
     gradient_step,
-    parse,
-    program,
     soft_update,
     train,
     with_targets,
 )
-from run import Algorithm
+from run import Algorithm, parse
 from utils.data import draw
+from utils.program import program
 
 Fraction = Annotated[float, options.Rule("in [0, 1]", lambda x: 0 <= x <= 1)]
 
@@ -92,7 +91,7 @@ class EvaluationArgs(options.EvaluationArgs):
     """How to measure."""
 
     target_return: Fraction = 0.9
-    """return that the acting policy asks for, as a rank among the dataset's"""
+    """return that the acting policy asks for: the rank of a window's mean reward in a minibatch, in [0, 1]"""
     guidance: options.Weight = 1.2
     """weight of the return in plans; 0: none, 1: no more than learned"""
     temperature: options.Weight = 0.5

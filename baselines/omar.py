@@ -35,14 +35,9 @@ from baselines.shared import (
     sample_cql_batch,
     settings_table,
 )
-from dom2_mpe import (
-    Algorithm,
-    UserError,
-    parse,
-    program,
-    q_of_candidates,
-    train,
-)
+from dom2_mpe import q_of_candidates, train
+from run import Algorithm, parse
+from utils.program import UserError, program
 
 
 @dataclass

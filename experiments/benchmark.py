@@ -10,6 +10,7 @@ hardware they came from.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
@@ -143,7 +144,7 @@ def data_size_slowdown() -> str:
 
 
 def run_script(folder: str, *arguments: str) -> tuple[float, float]:
-    """Seconds and peak resident GB of a script run in `folder`."""
+    """Seconds and peak resident GB (NaN on Windows) of a script run in `folder`."""
     start = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     script, *rest = arguments
@@ -151,11 +152,14 @@ def run_script(folder: str, *arguments: str) -> tuple[float, float]:
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    peak = math.nan
+    if hasattr(os, "wait4"):
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        peak = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    if process.wait():
         raise SystemExit(f"benchmark.py: `{' '.join(arguments)}` failed with exit code {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+    return time.perf_counter() - start, peak
 
 
 def peak_memory_gb() -> str:
@@ -164,7 +168,7 @@ def peak_memory_gb() -> str:
     with tempfile.TemporaryDirectory() as folder:
         run_script(folder, "collect_datasets.py", *data)
         _, peak = run_script(folder, "dom2_mpe.py", *data, "--updates", "50", "--eval-interval", "50", "--no-cuda")
-    return f"{peak:.2f}"
+    return "not measured (needs os.wait4)" if math.isnan(peak) else f"{peak:.2f}"
 
 
 def evaluation_seconds_cpu() -> str:

@@ -20,26 +20,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script
 
 import common
 from experiments.report import markdown_table, read, write
-from utils.checkpoints import load_checkpoint
-from utils.policies import algorithm_of
+from utils.checkpoints import checkpoint_file, options_of, read_checkpoint
+from utils.options import WHERE_AND_HOW, OptionalCount, OptionalName, Options
+from utils.policies import maker_of
 from utils.policy_files import DTYPES, POLICIES, read_policy, write_policy
-from utils.program import UserError, disk_errors, program
+from utils.program import UserError, counted, disk_errors, program
 
 
 @dataclass
-class Args:
+class Args(Options):
     runs: tyro.conf.Positional[tuple[str, ...]]
     """run folders of finished DOM2 runs, or policy files"""
-    output: str | None = None
+    output: OptionalName = None
     """folder of the policy files; default: pretrained/policies of this repository"""
     dtype: Literal[tuple(DTYPES)] = "float16"
     """of the policies' weight matrices"""
-    num_seeds: int | None = None
+    num_seeds: OptionalCount = None
     """the first so many seeds of each run; default: all"""
 
 
-# Options of where and how a run was made. A policy file has their defaults, so that it names no folder of a machine.
-MACHINE = ("data_dir", "run_dir", "cuda", "compile", "resume", "eval_only", "capture_video", "track")
+# A policy file has the defaults of these options. Its `command` and `prey` still say what the run was given.
+NOT_KEPT = ("data_dir", *WHERE_AND_HOW)
 OF_RESULTS = (
     *("algorithm", "scenario", "dataset", "num_seeds", "updates", "eval_episodes", "returns", "data", "hardware"),
     *("seconds", "command", "commit"),
@@ -51,7 +52,7 @@ PAGE = """# Trained policies
 Each file holds DOM2's target policies of one run: what acting needs, no critics and optimisers.
 [How to load, evaluate and play them](../../docs/environments.md#trained-policies).
 The table shows mean returns over the seeds, in the standard and in the shifted environments, with the last parameters.
-Policies of the seed 0 were made before commit 2dfb96b, most of them with earlier settings. Each file holds its own.
+Policies with seed 0 are older than commit 2dfb96b, and most of them have earlier settings. Each file holds its own.
 `python experiments/export_policies.py` writes the files and this page.
 
 """
@@ -63,25 +64,25 @@ def prepare(run: str, num_seeds: int | None) -> tuple[str, dict, dict]:
     Raises:
         UserError: the run is not finished or another algorithm's, or has fewer seeds.
     """
-    algorithm = algorithm_of(run)
+    checkpoint, file = read_checkpoint(run), checkpoint_file(run)
+    algorithm = maker_of(checkpoint, file)
     if algorithm.name != "dom2":
         raise UserError(f"{run}: a run of {algorithm.name}; only DOM2 can be exported, others act with more networks")
-    args, checkpoint = load_checkpoint(run, algorithm)
+    args = options_of(checkpoint, file, algorithm)
     results = checkpoint.get("results") or read(Path(run) / "results.json")
     if results is None or results["updates"] != checkpoint["updates"]:
         raise UserError(f"{run}: not finished, or trained further since; --resume {run} writes its results.json anew")
     S, K = args.num_seeds, args.num_seeds if num_seeds is None else num_seeds
-    if not 1 <= K <= S:
-        raise UserError(f"--num-seeds {K}: {run} holds {S} seeds")
-    policy = {name: x for name, x in checkpoint["learners"].items() if name.startswith("target_policy.")}
-    policy = {name: x.unflatten(0, (S, -1))[:K].flatten(0, 1) for name, x in policy.items()}
+    if K > S:
+        raise UserError(f"--num-seeds {K}: {run} holds {counted(S, 'seed')}")
+    learners = {name: x.unflatten(0, (S, -1))[:K].flatten(0, 1) for name, x in checkpoint["learners"].items()}
     defaults = asdict(algorithm.args(args.scenario, args.dataset))
-    options = asdict(args) | {name: defaults[name] for name in MACHINE} | {"num_seeds": K}
+    options = asdict(args) | {name: defaults[name] for name in NOT_KEPT} | {"num_seeds": K}
     returns = {shift: x[:K] for shift, x in results["returns"].items()}
     results = {name: results[name] for name in OF_RESULTS} | {"num_seeds": K, "returns": returns}
     return (
         f"{common.task_name(args)}-{args.dataset}".replace(":", "."),
-        checkpoint | {"learners": policy, "args": options},
+        checkpoint | {"learners": learners, "args": options},
         results,
     )
 
@@ -90,12 +91,14 @@ def table(folder: Path) -> str:
     """A page with one row for each policy file in a folder: the returns of the runs that made them."""
     lines = [["policy", "seeds", "standard", "normalised", "shifted", "mean of the dataset", "kB"]]
     for file in sorted(folder.glob("*.safetensors")):
-        results = read_policy(file)["results"]
+        policy = read_policy(file)
+        results, first = policy["results"], policy["args"]["seed"]
+        seeds = ", ".join(str(first + i) for i in range(results["num_seeds"]))
         mean = {shift: sum(x) / len(x) for shift, x in results["returns"].items()}
         standard, data = mean.pop("none"), results["data"]["mean"]
         score = common.normalised_score(results["scenario"], standard)
         shifted = ", ".join(f"{shift} {x:.1f}" for shift, x in mean.items())
-        lines.append([f"`{file.stem}`", str(results["num_seeds"]), f"{standard:.1f}"])
+        lines.append([f"`{file.stem}`", seeds, f"{standard:.1f}"])
         lines[-1] += ["-" if score is None else f"{score:.1f}", shifted or "-", f"{data:.1f}"]
         lines[-1].append(str(round(file.stat().st_size / 1000)))
     return PAGE + markdown_table(lines)

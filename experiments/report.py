@@ -28,22 +28,22 @@ from utils.program import UserError
 # A cell is an algorithm with options of its script on a dataset; a target is a set of cells.
 
 
-class Algorithm(NamedTuple):
+class Entry(NamedTuple):
     name: str  # as the paper writes it
     script: str
     options: dict  # that make it this algorithm
 
 
 ALGORITHMS = {
-    "bc": Algorithm("BC", "dom2_{family}.py", {"eta": 0}),  # with DOM2's diffusion policy
-    "ma_bc": Algorithm("MA-BC", "baselines/ma_bc.py", {}),
-    "ma_td3bc": Algorithm("MA-TD3+BC", "baselines/ma_td3bc.py", {}),
-    "ma_diffusion_ql": Algorithm("MA-Diffusion-QL", "baselines/ma_diffusion_ql.py", {}),
-    "ma_cql": Algorithm("MA-CQL", "baselines/ma_cql.py", {}),
-    "omar": Algorithm("OMAR", "baselines/omar.py", {}),
-    "ma_sfbc": Algorithm("MA-SfBC", "baselines/ma_sfbc.py", {}),
-    "madiff": Algorithm("MADiff", "baselines/madiff.py", {}),
-    "dom2": Algorithm("DOM2", "dom2_{family}.py", {}),
+    "bc": Entry("BC", "dom2_{family}.py", {"eta": 0}),  # with DOM2's diffusion policy
+    "ma_bc": Entry("MA-BC", "baselines/ma_bc.py", {}),
+    "ma_td3bc": Entry("MA-TD3+BC", "baselines/ma_td3bc.py", {}),
+    "ma_diffusion_ql": Entry("MA-Diffusion-QL", "baselines/ma_diffusion_ql.py", {}),
+    "ma_cql": Entry("MA-CQL", "baselines/ma_cql.py", {}),
+    "omar": Entry("OMAR", "baselines/omar.py", {}),
+    "ma_sfbc": Entry("MA-SfBC", "baselines/ma_sfbc.py", {}),
+    "madiff": Entry("MADiff", "baselines/madiff.py", {}),
+    "dom2": Entry("DOM2", "dom2_{family}.py", {}),
 }
 COLOURS = {algorithm.name: f"C{k}" for k, algorithm in enumerate(reversed(ALGORITHMS.values()))}
 PARTICLE, MUJOCO = ("simple_tag", "simple_world", "simple_spread"), ("HalfCheetah",)
@@ -143,7 +143,7 @@ ABLATIONS = (
     varied("ma_diffusion_ql", "ablations", "with augmentation predicting actions", augment=True, prediction="action"),
     *plain("ma_diffusion_ql"),
 )
-AUGMENTED = (varied(algorithm, "augmentation", "with augmentation", augment=True) for algorithm in BASELINES)
+AUGMENTED = tuple(varied(algorithm, "augmentation", "with augmentation", augment=True) for algorithm in BASELINES)
 OFF_AND_ON = (*chain(*zip(plain(*BASELINES), AUGMENTED, strict=True)), NOT_AUGMENTED, *plain("dom2"))
 STEP_COUNTS = tuple(map(with_steps, STEPS))
 SEEDS = (*plain("dom2"), varied("dom2", "tuning-seeds", "with the seeds of its tuning", seed=0))

@@ -51,8 +51,8 @@ from experiments.report import (
     write_result,
 )
 from run import parse as parse_options
-from utils.options import Name, OptionalName, Options, lines
-from utils.program import UserError, catch_signals, program, usable_cores
+from utils.options import WHERE_AND_HOW, Count, Name, Natural, OptionalCount, OptionalName, Options, lines
+from utils.program import UserError, catch_signals, program, usable_cores, warn
 
 
 @dataclass
@@ -65,11 +65,11 @@ class Args(Options):
     """only these datasets"""
     algorithms: tuple[str, ...] = ()
     """only these algorithms, by their folder names in results/main: dom2, bc, omar, ..."""
-    seed: int = FIRST_SEED
+    seed: Natural = FIRST_SEED
     """first seed of each cell; the settings were chosen with the seeds 0 to 2"""
-    num_seeds: int | None = None
+    num_seeds: OptionalCount = None
     """seeds of each cell, trained side by side; default: 5, in a study 3. A result with more of them will do"""
-    updates: int | None = None
+    updates: OptionalCount = None
     """gradient updates of each cell; default: those in the scripts' SETTINGS"""
     dry_run: bool = False
     """list commands and states, estimate the time and run nothing"""
@@ -79,13 +79,13 @@ class Args(Options):
     """run cells whose raw result was made with other settings, and replace it"""
     launcher: Literal["local", "slurm"] = "local"
     """slurm: a job array"""
-    jobs: int = 0
+    jobs: Natural = 0
     """cells at once; 0: one per GPU, or per core where there is no GPU; with slurm: no limit"""
     partition: OptionalName = None
     """slurm: partition to submit to; default: the cluster's"""
-    gpus: int = 0
+    gpus: Natural = 0
     """slurm: GPUs per cell"""
-    cpus: int = 1
+    cpus: Count = 1
     """slurm: cores per cell"""
     time_limit: OptionalName = None
     """slurm: time limit per cell, as sbatch takes it; a cell that it ends is continued by the next invocation"""
@@ -101,10 +101,7 @@ class Args(Options):
 
 # Options of where and how a cell runs, which change the results by rounding at most; and num_seeds, of which more will
 # do.
-NOT_COMPARED = (
-    *("num_seeds", "eval_interval", "cuda", "compile"),
-    *("run_dir", "resume", "eval_only", "capture_video", "track"),
-)
+NOT_COMPARED = ("num_seeds", "eval_interval", *WHERE_AND_HOW)
 # Options of a cell's command that cannot be added to it.
 OWN_OPTIONS = ("--scenario", "--dataset", "--seed", "--num-seeds", "--updates", "--run-dir", "--resume", "--eval-only")
 # Options that were removed, with the values under which old results agree with today's algorithm.
@@ -195,14 +192,14 @@ def find_states(jobs: list[Job], args: Args) -> list[str]:
     active = active_jobs() if args.launcher == "slurm" else set()
     states = []
     for job in jobs:
-        results, code = read(job.result), int(note(job, "exit_code") or -1)
+        results, code = read(job.result), int(read_text_of(job, "exit_code") or -1)
         if results and not differences(results, job):
             states.append("done")
         elif results and not args.overwrite:
             states.append("other settings")
         elif any((run / "results.json").exists() for run in run_folders(job)):
             states.append("finished")
-        elif note(job, "job") in active or locked(job):
+        elif read_text_of(job, "job") in active or is_locked(job):
             states.append("running")
         elif 0 <= code < 128 and not args.retry:  # others have not ended, or were ended by a signal
             states.append("failed")
@@ -211,7 +208,7 @@ def find_states(jobs: list[Job], args: Args) -> list[str]:
     return states
 
 
-def note(job: Job, name: str) -> str:
+def read_text_of(job: Job, name: str) -> str:
     """Text of a file in a job's folder, "" without one: exit_code, or job (its id on the cluster)."""
     path = job.folder / name
     return path.read_text("utf-8").strip() if path.exists() else ""
@@ -235,13 +232,7 @@ def lock(job: Job):
     return None
 
 
-@cache
-def warn(text: str) -> None:
-    """Print a warning once."""
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def locked(job: Job) -> bool:
+def is_locked(job: Job) -> bool:
     file = lock(job) if job.folder.exists() else None
     if file is not None:
         file.close()
@@ -371,6 +362,13 @@ def submit(jobs: list[Job], args: Args) -> None:
     print(f"submitted job {number}, {len(jobs)} cells ({script}); run the same line to collect the finished ones")
 
 
+def read_results(results_dir: Path) -> list[dict]:
+    """All raw results. `algorithm` becomes the one of their folder, main/bc or studies/augmentation/bc-with-..., since
+    those of bc name dom2."""
+    files = sorted(results_dir.rglob("*.json"))
+    return [read(file) | {"algorithm": file.parent.name.partition("-")[0]} for file in files]
+
+
 def estimate(job: Job, made: list[dict]) -> float | None:
     """Seconds that a cell will take, from the seconds per update of similar raw results; None without any."""
     keys = ("algorithm", "scenario")
@@ -391,11 +389,8 @@ def choose_cells(args: Args) -> list[Cell]:
     """The target's cells that --scenarios, --datasets and --algorithms select.
 
     Raises:
-        UserError: an option has a value that it cannot have.
+        UserError: one of them has a value that it cannot have.
     """
-    for option, least in (("seed", 0), ("num_seeds", 1), ("updates", 1), ("jobs", 0), ("gpus", 0), ("cpus", 1)):
-        if getattr(args, option) is not None and getattr(args, option) < least:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
     if args.target == "report":
         return []
     cells = TARGETS[args.target].cells()
@@ -413,7 +408,7 @@ def choose_cells(args: Args) -> list[Cell]:
 
 def show_plan(jobs: list[Job], states: list[str], args: Args) -> None:
     """Print each job's state and command, and how long those to run will take."""
-    made = [read(path) for path in sorted((ROOT / args.results_dir).rglob("*.json"))]
+    made = read_results(ROOT / args.results_dir)
     seconds = []
     for job, now in zip(jobs, states, strict=True):
         print(f"{now:<16}python {shlex.join(job.command)}")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
-from collect_datasets import PUBLISHED, behave, behaviour_env, rollout, team_returns
+from collect_datasets import PUBLISHED, behaviour_actions, behaviour_env, rollout, team_returns
 from dom2_mpe import StackedLinear, soft_update
 from particle_env import SCENARIOS, ParticleEnv
 from utils.options import Name, Options, Seed, lines
@@ -251,10 +251,11 @@ class TD3:
         return state["found"]
 
 
-def level(scenario: str, policies, prey) -> float:
+def mean_return(scenario: str, policies, prey) -> float:
     """Mean return of policies with action noise of 0.1, on the same episodes every time."""
     env = behaviour_env(scenario, RECIPES[scenario].level_episodes, 1, prey)
-    return team_returns(*rollout(env, behave(env, policies, torch.Generator().manual_seed(1), 0.1))).mean().item()
+    act = behaviour_actions(env, policies, torch.Generator().manual_seed(1), 0.1)
+    return team_returns(*rollout(env, act)).mean().item()
 
 
 def train_to(td3: TD3, scenario: str, prey, target: float, bar: tqdm, checkpoint) -> float:
@@ -262,7 +263,7 @@ def train_to(td3: TD3, scenario: str, prey, target: float, bar: tqdm, checkpoint
     while True:
         checkpoint()
         td3.train(td3.recipe.level_interval, bar)
-        reached = level(scenario, td3.policies(), prey)
+        reached = mean_return(scenario, td3.policies(), prey)
         bar.set_postfix_str(f"return {reached:.1f} of {target:.1f}")
         if reached >= target or td3.updates >= td3.recipe.expert_updates:
             return reached

@@ -600,8 +600,10 @@ def test_data_made_with_another_prey_are_refused(tmp_path, data_dir, pretrained)
     load_data(options(data_dir), tag_env(), prey)
     other = prey | {"fc3.bias": prey["fc3.bias"] + 1e-6}
     assert policy_checksum(other) != policy_checksum(prey)
-    with pytest.raises(UserError, match=r"simple_tag.medium.seed_0_data: made with another prey.*--prey"):
+    with pytest.raises(UserError, match=r"simple_tag.medium.seed_0_data: made with another prey.*pass it as --prey"):
         load_data(options(data_dir), tag_env(), other)
+    with pytest.raises(UserError, match=r"another prey than --prey mine\.pt; give the right one"):
+        load_data(options(data_dir, prey="mine.pt"), tag_env(), other)
     shutil.copytree(data_dir / "simple_tag", tmp_path / "simple_tag")
     for file in tmp_path.rglob("metadata.json"):
         file.unlink()
@@ -627,6 +629,26 @@ def test_missing_data_are_made_and_change_nothing_else(tmp_path, monkeypatch, co
     with pytest.raises(UserError, match=r"acs_1\.npy"):
         load_data(options("datasets"), tag_env(), None)
     assert contents(tmp_path) == before
+
+
+def test_missing_data_are_not_made_with_another_prey_than_the_given_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such dataset, .* another prey than --prey; run collect"):
+        load_data(options("datasets", prey="mine.pt"), tag_env(), None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_medium_replay_records_no_noise_of_its_own(tmp_path, collect):
+    made = collect("simple_tag", "medium-replay", tmp_path, 250, action_noise=0.5)
+    assert made["action_noise"] == {} and collect("simple_tag", "medium", tmp_path)["action_noise"] == {"medium": 0.1}
+
+
+def test_datasets_that_cannot_be_made_are_refused_before_any_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["collect_datasets.py", "--scenario", "simple_tag", "Hopper"])
+    with pytest.raises(UserError, match=r"^--dataset random-medium: Hopper has no behaviour policies"):
+        collect_datasets.main()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux, where a process chooses its cores")

@@ -29,7 +29,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 # Modules that Windows does not have, and functions that are missing from others there or on macOS.
 ONLY_UNIX = {
     **dict.fromkeys(("fcntl", "resource", "pwd", "grp", "termios"), ()),
-    "os": ("sched_getaffinity", "process_cpu_count", "killpg", "setsid", "getuid", "fork"),
+    "os": ("sched_getaffinity", "process_cpu_count", "killpg", "setsid", "getuid", "fork", "wait4"),
     "signal": ("SIGKILL", "SIGHUP", "SIGALRM"),
 }
 # Runs scripts one after the other in a process that has nothing of what only Linux or Unix has.

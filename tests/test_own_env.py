@@ -432,7 +432,7 @@ def test_shifts_are_refused_by_name(toys, script, tmp_path):
 def write_data(folder, env, episodes=5):
     """Random data of an OwnEnv in the datasets' layout."""
     folder.mkdir(parents=True)
-    block, _ = collect_datasets.rollout(env, collect_datasets.behave(env, None, generator(0), 0))
+    block, _ = collect_datasets.rollout(env, collect_datasets.behaviour_actions(env, None, generator(0), 0))
     for name, values in block.items():
         for agent, column in enumerate(values.numpy()):
             np.save(folder / f"{name}_{agent}.npy", column)

@@ -318,13 +318,6 @@ def test_terminal_speed_of_simple_spread_is_2v_per_axis():
 # ---- the rest of ParticleEnv ----
 
 
-def test_score_is_the_mean_over_the_controlled_agents():
-    rewards = torch.tensor([[[1.0, 2.0, 6.0, 100.0]]])
-    assert ParticleEnv("simple_spread", 1).score(rewards[..., :3]).tolist() == [[3.0]]
-    assert ParticleEnv("simple_tag", 1).score(rewards).tolist() == [[3.0]]
-    assert ParticleEnv("simple_world", 1).score(rewards).tolist() == [[3.0]]
-
-
 @every_scenario
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_coincident_agents_stay_finite(scenario, dtype):
@@ -423,7 +416,6 @@ def test_team_env_plays_the_given_prey(scenario, shift):
             assert torch.equal(actions, given)
             assert not has_prey or torch.equal(asked[-1], seen)  # the prey sees the same moment as the others
             assert torch.equal(rewards, expected_rewards[:, :n]) and not terminated.any()
-            close(world.score(expected_rewards), rewards.mean(1), 1e-5)
     assert len(asked) == (2 * EPISODE_STEPS if has_prey else 0)
     assert np.array_equal(team.render(2), draw(world, 2, 300))
 
@@ -553,7 +545,6 @@ def test_landmarks6_is_cooperative_navigation_with_more_landmarks_and_rewards_of
             assert rewards[e, i].item() == pytest.approx(expected - 5 * touching, abs=1e-9)
             touches += touching
     assert 20 < touches < 280  # with and without collisions
-    close(env.score(rewards), rewards.mean(1), 1e-12)
 
 
 def test_dismissed_landmarks_repeat_those_that_remain():

@@ -28,7 +28,7 @@ from particle_env import EPISODE_STEPS, parallel_env
 from run import Run, parse
 from utils import checkpoints, evaluation, policy_files
 from utils.checkpoints import load_checkpoint
-from utils.policies import algorithm_of
+from utils.policies import TrainedPolicy
 from utils.policy_files import POLICIES, read_policy
 from utils.program import UserError, load_torch, program
 
@@ -147,7 +147,7 @@ def test_names(exported, shelf, run, tmp_path):
 
 def test_an_unknown_name_lists_those_that_exist(shelf, monkeypatch, capsys):
     shutil.copy(shelf / "simple_tag-random.safetensors", shelf / "simple_world-expert.safetensors")
-    for load in (load_policy, dom2_mamujoco.load_policy, algorithm_of):
+    for load in (load_policy, dom2_mamujoco.load_policy, TrainedPolicy):
         with pytest.raises(UserError, match=r"^simple_tag-expert: .*: simple_tag-random, simple_world-expert$"):
             load("simple_tag-expert")
     with pytest.raises(SystemExit) as stopped:
@@ -246,9 +246,12 @@ def test_the_first_seeds_of_a_run(run, exported, tmp_path):
 
 def test_runs_that_cannot_be_exported(run, exported, tmp_path):
     output = tmp_path / "output"
-    for number in (0, 3):
-        with pytest.raises(UserError, match=f"--num-seeds {number}: .* holds 2 seeds"):
+    for number, reason in ((0, "must be at least 1"), (3, ".* holds 2 seeds")):
+        with pytest.raises(UserError, match=f"--num-seeds {number}: {reason}"):
             export(run, output=output, num_seeds=number)
+    for name in ("", "~/policies"):  # an unset variable of the shell is no request to replace pretrained/policies
+        with pytest.raises(UserError, match=f"--output {name}: must be a name"):
+            export(run, output=name)
     with pytest.raises(UserError, match=r"another of the runs makes simple_tag-random\.safetensors"):
         export(run, exported["float16"], output=output)
     unfinished = shutil.copytree(run, tmp_path / "unfinished")
@@ -284,7 +287,7 @@ def test_checkpoints_of_no_algorithm(tmp_path):
     for contents in ({"algorithm": "os", "args": {}}, {"algorithm": []}, [1], torch.zeros(3), {}):
         torch.save(contents, tmp_path / "checkpoint.pt")
         with pytest.raises(UserError, match=rf"^{tmp_path}/checkpoint\.pt: no checkpoint of these scripts"):
-            algorithm_of(tmp_path)
+            TrainedPolicy(tmp_path)
 
 
 # ---- pretrained/policies ----
@@ -293,7 +296,7 @@ def test_checkpoints_of_no_algorithm(tmp_path):
 def check_returns(file, episodes):
     """Returns of the policies in `episodes` episodes, each seed and environment against the committed result: at most
     four standard errors apart."""
-    algorithm, results = algorithm_of(file), read_policy(file)["results"]
+    algorithm, results = TrainedPolicy(file).algorithm, read_policy(file)["results"]
     args, checkpoint = load_checkpoint(file, algorithm)
     run = Run(replace(args, eval_only=str(file), eval_episodes=episodes, cuda=False), algorithm)
     run.learners = algorithm.make_learners(run.args, run.make_env(1))
@@ -335,10 +338,11 @@ def test_the_page_of_committed_policies_is_up_to_date():
 def test_committed_policies_are_small_and_named_after_what_they_are():
     assert len(COMMITTED) >= 2 and sum(file.stat().st_size for file in COMMITTED) < 8_000_000
     for file in COMMITTED:
-        args, checkpoint = load_checkpoint(file, algorithm_of(file))
+        algorithm = TrainedPolicy(file).algorithm
+        args, checkpoint = load_checkpoint(file, algorithm)
         assert file.stem == f"{common.task_name(args)}-{args.dataset}"
         assert checkpoint["results"]["eval_episodes"] >= (32 if args.scenario == "HalfCheetah" else 1000)
-        defaults = algorithm_of(file).args(args.scenario, args.dataset)
+        defaults = algorithm.args(args.scenario, args.dataset)
         if args.seed == report.FIRST_SEED:  # else of the results with earlier settings
             assert args == replace(defaults, seed=args.seed, num_seeds=args.num_seeds), file
 

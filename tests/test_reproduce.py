@@ -216,7 +216,7 @@ def test_a_grid_on_windows(tiny, monkeypatch):
         return [sys.executable, "-c", code, str(job.folder / "started"), str(seconds)]
 
     def look(duration):  # as another process would while the cells run
-        states.append([reproduce.locked(job) for job in jobs])
+        states.append([reproduce.is_locked(job) for job in jobs])
         if seconds and all((job.folder / "started").exists() for job in jobs):
             os.kill(os.getpid(), signal.SIGTERM)
         sleep(duration)
@@ -311,6 +311,18 @@ def test_dry_run_lists_commands_and_estimates_the_time(tiny, tmp_path, capsys):
     assert "--dataset random --eta 0 --seed 10 --num-seeds 2 --updates 100" in out
     assert "2 of 2 cells to run, about 2.0 h one after the other" in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_time_of_dom2_is_not_estimated_from_the_runs_of_bc(tiny, tmp_path):
+    """Raw results of both name dom2 as their algorithm; their folders tell them apart."""
+    for variant, seconds in ((Variant("bc"), 1.0), (Variant("dom2"), 50.0), (report.NOT_AUGMENTED, 70.0)):
+        cell = Cell(variant, "simple_spread", "expert")
+        path = report.result_path(cell, tmp_path / "results")
+        report.write(path, json.dumps(fake(cell, {}) | {"algorithm": "dom2", "seconds": seconds, "updates": 1}))
+    made = reproduce.read_results(tmp_path / "results")
+    for algorithm, seconds in (("bc", 1.0), ("dom2", 60.0)):
+        job = reproduce.make_job(Cell(Variant(algorithm), "simple_spread", "random"), tiny[0], tiny[1])
+        assert reproduce.estimate(job, made) == seconds * job.settings["updates"]
 
 
 def test_a_variant_with_the_plain_settings_is_the_plain_cell(tiny):
@@ -742,7 +754,7 @@ def test_damaged_results(content, tiny):
 
 
 def test_a_script_that_cannot_be_imported(tiny, monkeypatch):
-    monkeypatch.setitem(report.ALGORITHMS, "dom2", report.Algorithm("DOM2", "no_such_script.py", {}))
+    monkeypatch.setitem(report.ALGORITHMS, "dom2", report.Entry("DOM2", "no_such_script.py", {}))
     with pytest.raises(UserError, match=r"no_such_script.py: No module named 'no_such_script'; .*--algorithms"):
         reproduce.reproduce(*tiny)
 
@@ -751,7 +763,7 @@ def test_a_script_that_cannot_be_imported(tiny, monkeypatch):
     ("line", "message"),
     [
         ("table1 --algorithms dom2 -- --eta -1", "--eta -1.0: must be finite and not negative"),
-        ("table1 --jobs -1", "error: --jobs -1: must be at least 0"),
+        ("table1 --jobs -1", "--jobs -1: must be at least 0"),
         ("table1 --results-dir=~/results", "--results-dir ~/results: must be a name"),
         *((f"table1 -- {word} 1", f"-- {word.replace('_', '-')}: this program sets it") for word in OWN_OPTIONS),
         ("table1 -- --run_dir=elsewhere", "-- --run-dir: this program sets it"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils.evaluation import NAMES
 from utils.policy_files import policy_file, policy_names, read_policy
-from utils.program import UserError, load_torch
+from utils.program import UserError, load_torch, warn
 
 
 def new_run_dir(args, algorithm_name: str) -> Path:
@@ -78,7 +78,7 @@ def read_checkpoint(path: str | Path) -> dict:
         if not previous.exists():
             raise
         checkpoint = load_torch(previous)
-        print(f"warning: {error}; using the one before", file=sys.stderr)
+        warn(f"{error}; using the one before")  # once, although parsing and running both read it
         return checkpoint
 
 

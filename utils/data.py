@@ -37,6 +37,9 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
         if args.data_dir != "datasets":  # a mistyped folder must not be filled with our data
             make = shlex.join(["--scenario", task, "--dataset", args.dataset, "--data-dir", args.data_dir])
             raise UserError(f"{folder}: no such dataset; to make it there, run python collect_datasets.py {make}")
+        if getattr(args, "prey", None):
+            remedy = "run collect_datasets.py with --pretrained-dir, or leave --prey out"
+            raise UserError(f"{folder}: no such dataset, and it would be made with another prey than --prey; {remedy}")
         print(f"{folder}: no such dataset, making it from pretrained/", file=sys.stderr)
         try:
             # so that this run equals the next one, which finds the dataset made; no GPU has a part in making it
@@ -77,7 +80,10 @@ def load_version(path: Path, args, env, prey: dict | None, seeds: int) -> list[c
     data = common.load_dataset(path, env)
     made_with = data.metadata.get("prey_checksum")
     if prey is not None and made_with not in (None, policy_checksum(prey)):
-        raise UserError(f"{path}: made with another prey; pass it as --prey, or delete the folder to make it anew")
+        other, remedy = "that of pretrained/", "pass it as --prey, or delete the folder to make it anew"
+        if args.prey:
+            other, remedy = f"--prey {args.prey}", "give the right one"
+        raise UserError(f"{path}: made with another prey than {other}; {remedy}")
     outside = (data.action.abs() > 1.0001).sum().item() / (data.action.shape[1] * sum(env.action_sizes))
     warn_of_actions(outside, path, env.action_scale)
     warn_of_raw_actions(data.action, path, getattr(env, "boxes", {}))

@@ -133,7 +133,7 @@ class NewDataset:
             if not fits or x[:, own:].any():
                 raise UserError(
                     f"{what} of {agent}: {x.dtype} of shape {x.shape}, expected numbers [T, {own}] with T = {T} for "
-                    f"{self.task} (of a robot, made with global_categories=() and its --agent-conf and --agent-obsk)"
+                    f"{self.task} (of a robot, with its --agent-conf, --agent-obsk and --global-categories)"
                 )
             with np.errstate(over="ignore"):  # an infinity is noticed below
                 row[:, :own] = x[:, :own]

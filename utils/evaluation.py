@@ -1,4 +1,4 @@
-"""What is measured and shown besides the return: spread and time of actions, assignments of landmarks, GIF, table."""
+"""Evaluation: returns, spread and time of actions, assignments of landmarks, GIF, table."""
 
 from __future__ import annotations
 
@@ -162,6 +162,8 @@ def closing_table(results: dict) -> str:
     scenario, dataset, data = results["scenario"], results["dataset"], results["data"]
     seeds, episodes = results["num_seeds"], results["eval_episodes"]
     name = NAMES.get(results["algorithm"], results["algorithm"])
+    if results["algorithm"] == "dom2" and results.get("settings", {}).get("eta") == 0:
+        name = "BC"
     over_seeds = f"for each of {seeds} seeds, mean ± std over seeds" if seeds > 1 else "of one seed"
     paper_column = f"paper ({name})"
     lines = [

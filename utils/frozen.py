@@ -92,7 +92,7 @@ def load_behaviour(path: str | Path, env, prey_obs_size: int | None) -> dict:
                 raise ValueError
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError):
         raise UserError(
-            f"{path}: not behaviour policies of this scenario; retrain them with train_behaviour.py"
+            f"{path}: not behaviour policies of this scenario; retrain them with experiments/train_behaviour.py"
         ) from None
     return {
         "prey": everybody[n] if prey_obs_size else None,

@@ -23,6 +23,7 @@ class Rule(NamedTuple):
 
 Natural = Annotated[int, Rule("at least 0", lambda x: x >= 0)]
 Count = Annotated[int, Rule("at least 1", lambda x: x >= 1)]
+OptionalCount = Annotated[int | None, Rule("at least 1", lambda x: x is None or x >= 1)]
 Weight = Annotated[float, Rule("finite and not negative", lambda x: 0 <= x < float("inf"))]
 OptionalWeight = Annotated[float | None, Rule("finite and not negative", lambda x: x is None or 0 <= x < float("inf"))]
 Share = Annotated[float, Rule("in (0, 1]", lambda x: 0 < x <= 1)]
@@ -112,7 +113,8 @@ class DataArgs(Options):
     copies: Count = 1
     """how often a trajectory is replicated for every threshold that its return reaches"""
     raw_rewards: bool = False
-    """keep the rewards as they are instead of standardising them over the dataset (mean 0, standard deviation 1)"""
+    """keep the rewards as they are instead of standardising them over the dataset (standard deviation 1 and, without
+    terminal states, mean 0)"""
     reward_scale: Weight = 1.0
     """factor on the (standardised) rewards"""
 
@@ -162,7 +164,8 @@ class RunArgs(Options):
     run_dir: Name = "runs"
     """folder in which this run's folder is made"""
     resume: OptionalName = None
-    """run folder to continue from its checkpoint; --updates and the learning rates may be changed"""
+    """run folder to continue from its checkpoint; --updates, the learning rates, --track and how to evaluate may be
+    changed"""
     eval_only: OptionalName = None
     """run folder (or policy file, or name of a policy in pretrained/policies) to evaluate without training"""
     capture_video: bool = False
@@ -171,18 +174,29 @@ class RunArgs(Options):
     """also log to Weights & Biases (needs `pip install wandb`)"""
 
 
+WHERE_AND_HOW = tuple(field.name for field in fields(RunArgs) if field.name != "bf16")  # changes no result
+
+
 def lines(description: str) -> str:
     """A description whose line breaks --help keeps: tyro joins lines without a space in front."""
     return textwrap.indent(description, " ")
 
 
 def parse_groups(default, description: str, words: list[str]):
-    """Options from the command line, on top of those of the instance `default` of a class that inherits from groups."""
+    """Options from the command line, on top of those of the instance `default` of a class that inherits from groups.
+
+    Raises:
+        TypeError: the class has a field of its own, which belongs to none of the groups.
+    """
     import tyro  # only programs need it
 
     groups, values = {}, asdict(default)
     for group in type(default).__bases__:
-        groups[group.__name__.removesuffix("Args").lower()] = group(**{f.name: values[f.name] for f in fields(group)})
+        name = group.__name__.removesuffix("Args").lower() or "all"
+        groups[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+    if values:
+        own = ", ".join(values)
+        raise TypeError(f"{type(default).__qualname__}: move {own} to one of the option groups that it inherits from")
     Boxes = make_dataclass("Boxes", [(name, type(group)) for name, group in groups.items()])
     config = (tyro.conf.OmitArgPrefixes,)
     given = tyro.cli(Boxes, default=Boxes(**groups), args=words, description=lines(description or ""), config=config)

@@ -31,15 +31,6 @@ def torch_defaults():
         torch.set_default_dtype(dtype)
 
 
-def algorithm_of(path: str | Path):
-    """The Algorithm that made a run folder or a policy file.
-
-    Raises:
-        UserError: there is none, or it is damaged or another program's.
-    """
-    return maker_of(read_checkpoint(path), checkpoint_file(path))
-
-
 def maker_of(checkpoint, file: Path):
     """The Algorithm that made a checkpoint, which was read from `file`; raises UserError if it is none of these."""
     script = script_of(checkpoint)
@@ -90,7 +81,7 @@ class TrainedPolicy:
     def __call__(self, observations: dict) -> dict:
         """{agent: observation [d_i]} -> {agent: action [A_i], float32}, in the range of the agent's action space.
 
-        In an environment of one's own the actions are as its Box takes them, elsewhere in [-1, 1].
+        Particles take [-1, 1], robots the library's range, an environment of one's own its Box.
 
         Raises:
             UserError: an agent is missing or unknown, or its observation has another size or is not finite.

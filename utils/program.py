@@ -14,6 +14,7 @@ import time
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,6 +22,12 @@ import torch
 
 class UserError(ValueError):
     """Something the user can mend: one line that names the file or option and says what to do."""
+
+
+@cache
+def warn(text: str) -> None:
+    """Print a warning once."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def program(main) -> None:
@@ -120,7 +127,8 @@ def write_file(path: Path, contents, previous: Path | None = None) -> None:
     """Write bytes beside `path`, then rename: the file is old or new, never half-written, whenever the process dies.
 
     Args:
-        previous: where the old contents go; without it they are deleted.
+        previous: where the old contents go; without it they are deleted. A process that dies between the two renames
+            leaves them there and no file at `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
