@@ -286,6 +286,19 @@ def prey_obs_size(task: str) -> int | None:
     return ParticleEnv(task, 1).obs_sizes[-1]
 
 
+def env_to_collect_in(task: str, dataset: str, target: Path):
+    """One environment of the task; raises UserError if nothing here can make this dataset, whose folder is `target`."""
+    if is_own(task):
+        raise UserError(f"--scenario {task}: of your own; docs/own-environment.md shows how to record it")
+    env = common.make_env(task)
+    if task not in PUBLISHED and dataset != "random":
+        raise UserError(
+            f"{target}: missing, and there are no behaviour policies of {task} to make it with, only random data; put "
+            "data of your own there"
+        )
+    return env
+
+
 def collect(
     task: str,
     dataset: str,
@@ -301,18 +314,12 @@ def collect(
     Raises:
         UserError: it exists and `overwrite` is off, behaviour policies are missing, or the disk refuses.
     """
-    if is_own(task):
-        raise UserError(f"--scenario {task}: of your own; docs/own-environment.md shows how to record it")
     args = Args((task,), (dataset,), num_transitions, data_dir, seed, overwrite, pretrained_dir, action_noise)
     num_transitions, seed = args.num_transitions, args.seed  # checked and converted
     levels = () if dataset == "medium-replay" else dataset.split("-")  # a replay repeats the noise of TD3
     noise = {level: noise_of(task, level, args.action_noise) for level in levels}
-    target, env = common.dataset_path(data_dir, task, dataset, seed), common.make_env(task)
-    if task not in PUBLISHED and dataset != "random":
-        raise UserError(
-            f"{target}: missing, and there are no behaviour policies of {task} to make it with, only random data; put "
-            "data of your own there"
-        )
+    target = common.dataset_path(data_dir, task, dataset, seed)
+    env = env_to_collect_in(task, dataset, target)
     if num_transitions < 2 * env.episode_steps:
         raise UserError(f"--num-transitions {num_transitions}: must be at least {2 * env.episode_steps}, two episodes")
     num_transitions = num_transitions // env.episode_steps * env.episode_steps
@@ -358,11 +365,12 @@ def print_table(made: list[dict]) -> None:
 
 def main() -> None:
     args = tyro.cli(Args, description=lines(__doc__))
-    for task in args.scenario:  # all names are checked before anything is made
+    for task in args.scenario:  # everything is checked before anything is made
         common.make_env(task)
         for dataset in args.dataset:
-            if task not in PUBLISHED and dataset != "random":
-                raise UserError(f"--dataset {dataset}: {task} has no behaviour policies; only random data can be made")
+            target = common.dataset_path(args.data_dir, task, dataset, args.seed)
+            if args.overwrite or not target.exists():
+                env_to_collect_in(task, dataset, target)
     made = []
     for task in args.scenario:
         for dataset in args.dataset:
