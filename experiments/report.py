@@ -138,7 +138,7 @@ ABLATIONS = (
     NOT_AUGMENTED,
     varied("dom2", "ablations", "with the residual noise network", noise_net="residual"),
     varied("dom2", "ablations", "predicting the noise", prediction="noise"),
-    varied("dom2", "ablations", "without conservative term", zeta=0),
+    varied("dom2", "ablations", "with the conservative term", zeta=0.1),
     varied("ma_diffusion_ql", "ablations", "with augmentation", augment=True),
     varied("ma_diffusion_ql", "ablations", "with augmentation predicting actions", augment=True, prediction="action"),
     *plain("ma_diffusion_ql"),
