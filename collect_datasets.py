@@ -31,6 +31,7 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count, starmap
@@ -190,9 +191,13 @@ def parallel_rollouts(task: str, policies, action_noise: float, seed: tuple[int,
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, start_worker) as pool:
         while left > 0:
-            while not pending or (len(pending) <= workers and len(pending) * expected < left):
-                pending.append(pool.submit(rollout_block, *next(work)))
-            block, lengths = pending.popleft().result()
+            try:
+                while not pending or (len(pending) <= workers and len(pending) * expected < left):
+                    pending.append(pool.submit(rollout_block, *next(work)))
+                block, lengths = pending.popleft().result()
+            except BrokenProcessPool:
+                guard = "a script of your own needs `if __name__ == '__main__':` around its calls"
+                raise UserError(f"{task}: a worker process died, perhaps for lack of memory; {guard}") from None
             expected = int(lengths.sum())  # robots may fall early
             left -= expected
             yield block, lengths

@@ -41,7 +41,7 @@ from run import Algorithm, Run, parse
 from utils import options
 from utils.data import draw, load_data
 from utils.evaluation import evaluate
-from utils.options import Count, DatasetName, Discount, Natural, Share, Weight, Widths, scenario_of
+from utils.options import Count, DatasetName, Discount, Natural, NoiseScale, Share, Weight, Widths, scenario_of
 from utils.policies import TrainedPolicy
 from utils.program import UserError, program
 
@@ -92,7 +92,7 @@ class NetworkArgs(options.Options):
 
     diffusion_steps: Count = 5
     """denoising steps N"""
-    beta_max: Weight = 10.0
+    beta_max: NoiseScale = 10.0
     """noise schedule: beta at diffusion time 1; at time 0 it is 0.1"""
     prediction: Literal["action", "noise"] = "action"
     """meaning of the network's output f: tanh(f) is the clean action, which implies the noise; or f is the noise"""

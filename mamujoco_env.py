@@ -142,6 +142,9 @@ def make_robots(task: str, num_envs: int, render_mode: str | None) -> list:
     agent_obsk, *categories = sight.split("-")
     if not agent_obsk.isdecimal():
         raise ValueError(f"{scenario} has no partition {rest!r}; name it as in {scenario}-{SCENARIOS[scenario]}-obsk1")
+    name = task_name(scenario, agent_conf, int(agent_obsk), categories)
+    if name != task:  # its data would lie in another folder
+        raise ValueError(f"call it {name}")
     options = {"render_mode": render_mode}
     if render_mode is not None:
         options |= {"width": 300, "height": 300, "camera_name": "track"}  # most robots have this camera

@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import traceback
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from gymnasium.spaces import Box
 from pettingzoo import ParallelEnv
 from torch import Tensor
 
-from utils.arrays import as_int
+from utils.arrays import as_int, as_tensor
 from utils.program import UserError
 
 OWN = "module:function"  # the form of the name; also the key of settings that hold for every such environment
@@ -90,7 +91,7 @@ def users_code(task: str, what: str, call: str = ""):
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else call and f" (it is called {call})"
         reason = f"{type(error).__name__}: {error}{place}"
@@ -140,6 +141,8 @@ def spaces(task: str, env) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, 
             middle_and_half(action)
         except UserError as error:
             raise one_line(f"{fault} {agent}: {error}") from None
+        if 0 in (*obs.shape, *action.shape):
+            raise one_line(f"{fault} observations of {agent} are {obs}, actions {action}; neither can be empty")
         sizes.append(obs.shape[0])
         boxes[agent] = action
     for what, own in (("observations", sizes), ("actions", [len(box.low) for box in boxes.values()])):
@@ -148,6 +151,20 @@ def spaces(task: str, env) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, 
             remedy = "agents are trained in one stack and need equal sizes; pad the smaller ones in the environment"
             raise one_line(f"{fault} sizes of {what} differ ({listed}); {remedy}")
     return agents, tuple(sizes), boxes
+
+
+def close(envs: list) -> None:
+    """Close environments; one that fails or has no `close` must not end the program."""
+    for env in envs:
+        with suppress(Exception):
+            env.close()
+
+
+def check_agents(known: list[str] | None, agents: list[str], what) -> None:
+    """Raise a UserError if `what` was made with agents of other names or in another order; None: it does not say."""
+    if known not in (None, agents):
+        remedy = "let possible_agents list them in that order, under these names"
+        raise one_line(f"{what} has agents {', '.join(known)}, the environment {', '.join(agents)}; {remedy}")
 
 
 class OwnEnv:
@@ -174,13 +191,13 @@ class OwnEnv:
     def __init__(self, task, num_envs=1, shift=None, device="cpu", seed=0, render_mode=None):
         if shift not in (None, "none"):
             raise UserError(f"--shift {shift}: {task} is an environment of your own and has no shifts; give none")
-        if num_envs < 1:
-            raise ValueError(f"num_envs {num_envs}: must be at least 1")
+        num_envs, seed = as_int(num_envs, "num_envs", 1), as_int(seed, "seed", 0)
         function, options = load_function(task), {}
         with users_code(task, "the function", "without arguments, or with render_mode where it has that one"):
             if render_mode is not None and "render_mode" in inspect.signature(function).parameters:
                 options["render_mode"] = render_mode
             self.envs = [function(**options) for _ in range(num_envs)]
+        weakref.finalize(self, close, self.envs)
         with users_code(task, "reading agents and spaces"):
             self.agents, self.obs_sizes, self.boxes = found = spaces(task, self.envs[0])
             if any(spaces(task, env) != found for env in self.envs):
@@ -281,9 +298,7 @@ class OwnEnv:
             UserError: the environment does not keep the rules of docs/own-environment.md.
         """
         shape = (self.num_envs, self.num_agents, self.action_size)
-        if tuple(actions.shape) != shape:
-            raise ValueError(f"the array of actions has shape {tuple(actions.shape)}, expected {shape}")
-        actions = actions.detach().cpu().numpy()
+        actions = as_tensor(actions, "the array of actions", shape, dtype=torch.float64, finite=True).detach().numpy()
         actions = {name: from_unit(box, actions[:, agent]) for agent, (name, box) in enumerate(self.boxes.items())}
         rewards = np.zeros((self.num_envs, self.num_agents), np.float32)
         self._steps += 1
@@ -293,9 +308,12 @@ class OwnEnv:
                 obs, reward, terminations, truncations, _ = self._dicts(returned, "step", 5)
                 over = self._ended(i, terminations, truncations)
                 self._observe(i, obs, over)
-                if not all(name in reward and np.isfinite(reward[name]) for name in self.agents):
-                    raise self._error(f"step {self._steps} gave an agent no finite reward; give every agent one")
-                rewards[i] = [reward[name] for name in self.agents]
+                given = [reward.get(name, np.nan) for name in self.agents]
+                with np.errstate(over="ignore"):  # a float32 of it can be infinite
+                    if any(np.shape(x) != () or not np.isfinite(np.float32(x)) for x in given):
+                        told = f"step {self._steps} gave an agent no finite reward"
+                        raise self._error(f"{told}; give every agent one, a number in the range of float32")
+                rewards[i] = given
         return self._tensor(self._obs), self._tensor(rewards), self._tensor(self._terminated)
 
     def _ended(self, i: int, terminations: dict, truncations: dict) -> bool:
@@ -327,6 +345,7 @@ class OwnEnv:
             image = self.envs[i].render()
         except Exception as error:
             raise RuntimeError(f"render() of {self.task} failed ({type(error).__name__}: {error}); {remedy}") from None
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
             raise RuntimeError(f"render() of {self.task} returned no image; {remedy}")
         return image

@@ -65,6 +65,8 @@ def show(images) -> None:
 
 
 def main(args: Args) -> None:
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no such folder; make it first")
     images = play(TrainedPolicy(args.policy, args.seed_index), args)
     try:
         if not args.output:

@@ -20,12 +20,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from gymnasium.spaces import Box
 from pettingzoo.utils import BaseParallelWrapper
 
 from own_env import is_own, to_unit
+from utils.arrays import as_tensor
 from utils.episodes import NewDataset
 from utils.program import UserError
+
+
+def float32_copy(x, what: str) -> np.ndarray:
+    return as_tensor(x, what).detach().numpy().copy()
+
+
+def number(x, what: str) -> float:
+    """A number, or an array of one."""
+    x = as_tensor(x, what, dtype=torch.float64)
+    if x.numel() != 1:
+        raise UserError(f"{what}: has shape {tuple(x.shape)}, expected one number")
+    return x.item()
 
 
 class Recorder(BaseParallelWrapper):
@@ -78,7 +92,7 @@ class Recorder(BaseParallelWrapper):
         """The recorded agents' observations as float32 copies, as an environment may write into its arrays again."""
         if not {*self.recorded} <= {*values}:
             raise UserError(f"observations of {', '.join(values)}: expected {', '.join(self.recorded)}")
-        return {name: np.array(values[name], np.float32) for name in self.recorded}
+        return {name: float32_copy(values[name], f"observation of {name}") for name in self.recorded}
 
     def reset(self, seed=None, options=None):
         self._end(terminated=False)
@@ -97,7 +111,9 @@ class Recorder(BaseParallelWrapper):
         stored = {name: self._checked(name, actions) for name in self.recorded}
         observations, rewards, terminations, truncations, _ = result = self.env.step(actions)
         self._steps["actions"].append(stored)
-        self._steps["rewards"].append({name: float(rewards[name]) for name in self.recorded})
+        if not {*self.recorded} <= {*rewards}:
+            raise UserError(f"rewards of {', '.join(rewards)}: expected {', '.join(self.recorded)}")
+        self._steps["rewards"].append({name: number(rewards[name], f"reward of {name}") for name in self.recorded})
         ended = [name for name in self.recorded if terminations[name] or truncations[name]]
         if 0 < len(ended) < len(self.recorded):
             raise UserError(f"{', '.join(ended)}: ended before the others; the layout holds teams that end together")
@@ -111,14 +127,15 @@ class Recorder(BaseParallelWrapper):
         """What to store of an agent's action, float32 [A]."""
         if name not in actions:
             raise UserError(f"actions of {', '.join(actions)}: {name} has none")
-        space, action = self.env.action_space(name), np.asarray(actions[name])
+        space = self.env.action_space(name)
         if isinstance(space, Box):
+            action = as_tensor(actions[name], f"action of {name}", dtype=torch.float64).detach().numpy()
             inside = action.shape == space.shape and (action >= space.low - 1e-4) & (action <= space.high + 1e-4)
             if not np.all(inside):
                 raise UserError(f"action of {name}: {action.tolist()} is not in its {space}; clip it")
         if self.store is not None:
-            return np.array(self.store(actions[name]), np.float32)
-        return to_unit(space, action) if is_own(self.data.task) else np.array(action, np.float32)
+            return float32_copy(self.store(actions[name]), f"what store makes of {name}'s action")
+        return to_unit(space, action) if is_own(self.data.task) else action.astype(np.float32)
 
     def _end(self, terminated: bool) -> None:
         """Keep the episode that was running, if it has a transition."""

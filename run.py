@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 import common
 from collect_datasets import prey_obs_size
-from own_env import OWN, is_own
+from own_env import OWN, check_agents, is_own
 from particle_env import SCENARIOS
 from utils import evaluation
 from utils.accelerate import compiled, cuda_graph
 from utils.checkpoints import drop_damaged, finite_state, load_checkpoint, locked, new_run_dir, restore
-from utils.data import alike, statistics
+from utils.data import alike, fingerprint, statistics
 from utils.frozen import load_prey, policy_action
 from utils.options import parse_groups
 from utils.program import UserError, catch_signals, counted, disk_errors, save_torch, write_file
@@ -127,7 +127,10 @@ class Run:
         self.prey = self.checkpoint["prey"] if self.checkpoint else scenario_prey(args)
         self.evaluates, self.stopped = False, []
         for shift in ("none", *args.shift):  # an unknown one is noticed here, not after the training
-            self.action_mask = self.make_env(2, shift).action_mask  # two: do copies of an own environment agree?
+            env = self.make_env(2, shift)  # two: do copies of an own environment agree?
+        self.action_mask, self.agents = env.action_mask, list(map(str, env.agents))
+        if self.checkpoint:
+            check_agents(self.checkpoint.get("agents"), self.agents, self.path)  # older checkpoints have none
 
     def _compare(self, stored) -> None:
         """Raise a UserError if an option differs from the run's own and can no longer be changed."""
@@ -169,6 +172,7 @@ class Run:
         Iterating over the run yields the numbers of the updates to make; with --eval-only there are none.
         """
         self.learners, self.optimizers, self.data = learners, optimizers, data
+        self.fingerprint = data and fingerprint(data)
         if self.checkpoint is not None:
             restore(learners, optimizers, self.checkpoint, self.path)
             if self.checkpoint["optimizers"] is None:  # a policy file
@@ -177,7 +181,8 @@ class Run:
                 torch.set_rng_state(self.checkpoint["rng"])
             if self.device.type == "cuda" and self.checkpoint["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-            if data is not None and not alike(statistics(data), self.stats):
+            known = self.checkpoint.get("fingerprint", self.fingerprint)  # older checkpoints have none
+            if data is not None and not (alike(statistics(data), self.stats) and alike(self.fingerprint, known)):
                 raise UserError(f"--data-dir {self.args.data_dir}: not the data that {self.path} was trained on")
         if self.args.eval_only:
             self.updates = range(0)
@@ -282,6 +287,8 @@ class Run:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "prey": self.prey,
             "data": self.stats,
+            "fingerprint": self.fingerprint,
+            "agents": self.agents,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
@@ -293,8 +300,13 @@ class Run:
 
         Returns:
             what the file holds
+
+        Raises:
+            UserError: a return is not finite, or the disk refuses.
         """
         args, env = self.args, self.make_env(1)
+        if not all(x.isfinite().all() for x in self.returns.values()):
+            raise UserError(f"{self.path}: a return is not finite; lower --temperature or the environment's rewards")
         results = {
             "algorithm": self.algorithm.name,
             "scenario": args.scenario,

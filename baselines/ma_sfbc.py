@@ -94,7 +94,7 @@ class NetworkArgs(options.Options):
     """widths of the critics' hidden layers"""
     diffusion_steps: options.Count = 5
     """denoising steps"""
-    beta_max: options.Weight = 20.0
+    beta_max: options.NoiseScale = 20.0
     """noise schedule: beta at diffusion time 1; at time 0 it is 0.1"""
 
 

@@ -248,7 +248,10 @@ def start_command(job: Job) -> list[str]:
     (job.folder / "exit_code").unlink(missing_ok=True)
     stopped = [run for run in run_folders(job) if list(run.glob("checkpoint*.pt"))]
     if stopped:
-        return [sys.executable, job.command[0], "--resume", from_root(stopped[-1])]
+        made = json.loads((stopped[-1] / "config.json").read_text("utf-8")) | {"capture_video": False}
+        wanted = {name: job.settings[name] for name in ("cuda", "compile", "track", "capture_video", "eval_interval")}
+        changed = command_line((name, value) for name, value in wanted.items() if value != made[name])
+        return [sys.executable, job.command[0], "--resume", from_root(stopped[-1]), *changed]
     return [sys.executable, *job.command, "--run-dir", from_root(job.folder)]
 
 
@@ -429,6 +432,8 @@ def reproduce(args: Args, further: tuple[str, ...] = ()) -> bool:
     """
     cells, results_dir = choose_cells(args), ROOT / args.results_dir
     if args.target == "report":
+        if not results_dir.is_dir():
+            raise UserError(f"--results-dir {args.results_dir}: no such folder; give one with raw results")
         for name in TARGETS:
             write_report(name, results_dir)
         if results_dir == ROOT / "results":

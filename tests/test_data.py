@@ -552,7 +552,9 @@ def test_rewards_keep_their_mean_where_episodes_terminate():
     done[0, 9] = 1
     np.testing.assert_allclose(standardise(reward, done), x / x.std(ddof=1), rtol=1e-4)
     assert torch.equal(reward, kept)
-    assert not standardise(torch.full((2, 50), 5.0), torch.zeros(2, 50)).any()  # no division by zero
+    equal = torch.full((2, 50), -1.1)  # nothing to divide by
+    np.testing.assert_allclose(standardise(equal, torch.zeros(2, 50)), torch.zeros(2, 50), atol=1e-6)
+    assert torch.equal(standardise(equal, done), equal)
 
 
 def test_a_share_is_whole_trajectories_each_with_its_rows(data_dir):

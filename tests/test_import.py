@@ -1,7 +1,9 @@
 """Datasets from elsewhere: every format gives the arrays that were in it, recordings give what happened, and nothing is
 cut, padded, reordered or invented without a word."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -450,6 +452,9 @@ def with_nan(x):
         ({"observations": lambda x: x.astype("S9")}, "not readable|expected numbers"),
         ({"observations": lambda x: np.stack([x, x], 1)}, "the data hold agents 0, 1; name the 3"),
         ({"terminals": lambda x: np.stack([x, x, 0 * x], 1)}, "the agents differ in row"),
+        ({"terminals": lambda x: np.arange(len(x)) // 25}, "terminals: hold other numbers than 0 and 1"),
+        ({"timeouts": lambda x: x + 1e-7}, "timeouts: hold other numbers than 0 and 1"),
+        ({"timeouts": lambda x: x - np.nan}, "timeouts: hold other numbers than 0 and 1"),
         ({"terminals": lambda x: 0 * x}, "an episode of 1003 steps; one of Hopper-3x1-obsk1 has at most 1000"),
     ],
 )
@@ -694,6 +699,50 @@ def test_existing_data_are_replaced_only_if_asked(hopper, tmp_path):
     assert sorted(folder.name for folder in file.parents[1].iterdir()) == ["seed_0_data", "seed_1_data"]
 
 
+def test_of_two_recordings_at_once_none_is_lost(tmp_path):
+    env, later = (parallel_env("simple_spread") for _ in range(2))
+    with Recorder(env, "simple_spread", "random", tmp_path) as env:
+        later = Recorder(later, "simple_spread", "random", tmp_path)
+        play(env, 2)
+    play(later, 3)
+    refused("seed_0_data: another process has made it meanwhile; this one is .*seed_0_data-", later.save)
+    folders = sorted((tmp_path / "simple_spread/random").iterdir())
+    assert [len(np.load(folder / "rews_0.npy")) for folder in folders] == [50, 75]
+
+
+@pytest.mark.parametrize(
+    "where, match",
+    [
+        (dict(data_dir="a file"), "a file/simple_spread/random/seed_0_data: Not a directory"),
+        (dict(data_dir="~/data"), "--data-dir ~/data: must be a name"),
+        (dict(data_dir=""), "--data-dir : must be a name"),
+        (dict(data_dir="data", seed=-1), "--seed -1: must be from 0"),
+        (dict(data_dir="data", seed=True), "--seed True: must be of type int"),
+    ],
+)
+def test_a_place_that_cannot_be_is_noticed_before_the_first_step(where, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a file").touch()
+    refused(match, Recorder, parallel_env("simple_spread"), "simple_spread", "random", **where)
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+
+
+def test_a_dataset_may_be_a_link_to_another_disk(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data/simple_spread").mkdir(parents=True)
+    (tmp_path / "data/simple_spread/random").symlink_to(tmp_path / "disk")
+    rename = os.rename
+
+    def within_a_disk(old, new):
+        if ("disk" in str(Path(old).resolve())) != ("disk" in str(Path(new).resolve())):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", within_a_disk)
+    record_some(tmp_path / "data")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["seed_0_data"]
+
+
 def test_one_episode_is_no_dataset(hopper, tmp_path):
     path = to_hdf5(tmp_path / "a.hdf5", d4rl(Episodes(hopper[:1])))
     refused("a dataset needs two episodes, there are 1", import_to, tmp_path, "hdf5", path, **HOPPER)
@@ -905,6 +954,33 @@ def test_a_wider_box_is_recorded_with_a_warning(tmp_path, capsys):
         run(recorder, 2, np.array([0, 0, 2]))
     printed = capsys.readouterr()
     assert "33.33% of the action entries are outside [-1, 1]" in printed.err and "agent_1 0.00 to 2.00" in printed.out
+
+
+@pytest.mark.parametrize("reward", ["1", 1j, [1.0, 2.0], None])
+def test_rewards_that_are_not_one_number(reward, tmp_path):
+    env = Pair((4, "terminated"))
+    env.reward = reward
+    refused("reward of agent_0", run, Recorder(env, "HalfCheetah", "random", tmp_path), 1)
+
+
+def test_observations_and_rewards_that_lack_an_agent_or_are_no_numbers(tmp_path):
+    env = Pair(*[(4, "terminated")] * 3)
+    recorder = Recorder(env, "HalfCheetah", "random", tmp_path)
+    monkey = env.observe
+    env.observe = lambda: monkey() | {"agent_1": np.zeros(6) + 1j}
+    refused("observation of agent_1: holds complex128", recorder.reset)
+    env.observe = lambda: {"agent_0": np.zeros(6)}
+    refused("observations of agent_0: expected agent_0, agent_1", recorder.reset)
+    env.observe, step = monkey, env.step
+    recorder.reset()
+    env.step = lambda actions: tuple({"agent_0": x["agent_0"]} if k == 1 else x for k, x in enumerate(step(actions)))
+    refused("rewards of agent_0: expected agent_0, agent_1", recorder.step, dict.fromkeys(env.agents, np.zeros(3)))
+
+
+def test_torch_actions_with_gradients_are_recorded(tmp_path):
+    with Recorder(Pair(*[(4, "terminated")] * 2), "HalfCheetah", "random", tmp_path) as env:
+        run(env, 2, torch.full((3,), 0.5, requires_grad=True))
+    assert (load(tmp_path, "HalfCheetah").action == 0.5).all()
 
 
 def test_environments_of_another_shape_are_refused(tmp_path):

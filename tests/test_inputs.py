@@ -19,6 +19,7 @@ import common
 import dom2_mpe
 from dom2_mpe import DOM2
 from mamujoco_env import MujocoEnv
+from own_env import OwnEnv
 from particle_env import SCENARIOS, ParticleEnv, TeamEnv, parallel_env
 from run import parse
 from utils.arrays import as_int, as_tensor
@@ -48,6 +49,7 @@ ENVIRONMENTS = {
     "TeamEnv": lambda num_envs=E, seed=0: TeamEnv("simple_tag", num_envs, seed=seed, prey=stay),
     "TeamEnv without prey": lambda num_envs=E, seed=0: TeamEnv("simple_spread", num_envs, seed=seed),
     "MujocoEnv": lambda num_envs=E, seed=0: MujocoEnv("Reacher", num_envs, seed=seed),
+    "OwnEnv": lambda num_envs=E, seed=0: OwnEnv("test_own_env:Toy", num_envs, seed=seed),
 }
 every_environment = pytest.mark.parametrize("name", ENVIRONMENTS)
 

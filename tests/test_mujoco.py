@@ -472,6 +472,16 @@ def rolled_out(task, num_envs, seed, policies, action_noise):
     return {"rews": torch.full((2, steps, 1), float(seed[-1]))}, torch.full((num_envs,), 50)
 
 
+def die(*_):
+    os._exit(9)
+
+
+def test_a_worker_that_dies_is_an_error_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(collect_datasets, "start_worker", die)
+    with pytest.raises(UserError, match=r"Reacher: a worker process died, perhaps for lack of memory; .*__main__"):
+        list(collect_datasets.parallel_rollouts("Reacher", None, 0.1, (0, 0), 2 * 25 * 50))
+
+
 @pytest.mark.parametrize("dataset", ["medium", "expert"])
 def test_robots_without_behaviour_policies(tmp_path, dataset):
     with pytest.raises(UserError, match=f"Hopper/{dataset}.*only random data"):

@@ -1,5 +1,6 @@
 """A ParallelEnv of the user's own: the copies in lockstep, what is refused, all scripts, and the page that shows it."""
 
+import gc
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import own_env
 from dom2_mpe import DOM2, load_policy, train
 from own_env import OwnEnv, from_unit, to_unit
 from particle_env import TeamEnv, parallel_env
+from record_dataset import Recorder
 from run import parse
 from utils.program import UserError, program
 
@@ -217,7 +219,7 @@ def test_actions_of_another_shape_or_not_finite(toys):
     for shape in ((4, 2, 1), (4, 2), (1, 2, 3), (4, 3, 2)):
         with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}, expected \(4, 2, 3\)"):
             env.step(torch.zeros(shape))
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="NaN or infinity"):
         env.step(torch.full((4, 2, 3), torch.nan))
     for convert in (from_unit, to_unit):
         for action in (0.5, np.zeros(1), np.zeros((3, 2)), [0, 0, np.inf]):
@@ -357,6 +359,11 @@ def test_episodes_have_one_time_limit(given, found, toys):
 # ---- functions and environments that do not fit ----
 
 
+class Empty(Toy):
+    def observation_space(self, agent):
+        return Box(-1, 1, (0,))
+
+
 ONE = Toy()
 UNSUITABLE = {
     "nothing": (lambda: None, "returned an object of class NoneType, no PettingZoo ParallelEnv"),
@@ -374,6 +381,8 @@ UNSUITABLE = {
     "nobody": (lambda: Toy(num=0), "no agent"),
     "the same": (lambda: ONE, "two calls returned one object"),
     "not a function": ("text", "has no function"),
+    "exits": (lambda: sys.exit(0), "the function failed with SystemExit: 0 .*test_own_env.py, line"),
+    "no observations": (lambda: Empty(), r"observations of walker_0 are Box\(.*neither can be empty"),
 }
 
 
@@ -512,6 +521,56 @@ def test_policies_act_by_name_in_the_environments_box(data, script, tmp_path, to
     refused(load_policy, run, match="there is no module toys")
 
 
+def named(agents):
+    env = Toy()
+    env.possible_agents = agents
+    return env
+
+
+def test_agents_of_other_names_or_in_another_order_are_refused(data, script, tmp_path, toys):
+    """A learner belongs to an agent's name, in a run as in a recording."""
+    small = ["--dataset", "random", "--eval-episodes", "3", *SMALL]
+    with Recorder(Toy(), "toys:make", "random") as env:
+        for _ in range(3):
+            env.reset()
+            while env.agents:
+                env.step({agent: env.action_space(agent).sample() for agent in env.agents})
+    assert script(DOM2, "--scenario", "toys:make", "--data-dir", "my_data", *small)[0] == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    for names in (["walker_1", "walker_0"], ["a", "b"]):
+        toys(make=lambda names=names: named(names))
+        told = f"has agents walker_0, walker_1, the environment {', '.join(names)}; let possible_agents"
+        for words in (["--eval-only", str(run)], ["--resume", str(run), "--updates", "3"]):
+            code, _, err = script(DOM2, *words)
+            assert code == 2 and err.startswith(f"error: {run} {told}")
+        refused(load_policy, run, match=told)
+        code, _, err = script(DOM2, "--scenario", "toys:make", "--data-dir", "my_data", *small)
+        assert code == 2 and f"seed_0_data {told}" in err
+
+
+def test_copies_are_closed(data, script, tmp_path, toys):
+    made, closed = [], []
+
+    class Simulator(Toy):
+        def __init__(self):
+            super().__init__()
+            made.append(id(self))
+
+        def close(self):
+            closed.append(id(self))
+            raise OSError("closed twice")  # which must not end the program
+
+    toys(make=Simulator)
+    assert script(DOM2, "--scenario", "toys:make", *data)[0] == 0
+    gc.collect()
+    assert len(made) > 3 and sorted(closed) == sorted(made)
+
+
+def test_a_return_that_is_not_finite_is_an_error(data, script, toys):
+    code, _, err = script(DOM2, "--scenario", "toys:make", *data, "--temperature", "1e308")
+    assert (code == 2 and "not finite" in err) or "NaN or infinity" in err
+
+
 def test_faults_show_before_the_training(data, script, tmp_path, toys):
     """One object for all copies, and a wrong time limit: nothing has been trained, and nothing is written."""
     toys(same=lambda: ONE, long=lambda: Toy(episode_steps=9))
@@ -533,6 +592,11 @@ def test_actions_in_the_environments_range_are_reported(data, script, tmp_path, 
     assert code == 0 and len(told) == 2 and "all actions of walker_1 lie in its own range Box(0.0, 1.0" in told[1]
 
 
+class Grey(Toy):
+    def render(self):
+        return np.zeros((20, 30, 1), np.uint8)
+
+
 def test_a_gif_where_the_environment_draws(data, script, tmp_path, toys):
     def without_renderer(render_mode=None):
         if render_mode:
@@ -549,6 +613,9 @@ def test_a_gif_where_the_environment_draws(data, script, tmp_path, toys):
         assert gif.size == (30, 20) and gif.n_frames == 24  # four episodes of six steps
     run, out = run_of("toys:make")
     assert not (run / "policy.gif").exists() and "--capture-video: render() of toys:make returned no image" in out
+    toys(drawing=lambda render_mode=None: Grey(render_mode))
+    run, out = run_of("toys:drawing")
+    assert "--capture-video: render() of toys:drawing returned no image" in out
     toys(drawing=without_renderer)
     run, out = run_of("toys:drawing")
     assert "--capture-video: --scenario toys:drawing: the function failed with OSError: no display" in out

@@ -424,7 +424,7 @@ def test_play_shows_a_window(monkeypatch):
         (dict(shift="extreme"), "--shift extreme: "),
         (dict(output="a.avi"), "a.avi: must end with .gif or .mp4"),
         (dict(output="a.mp4"), "a.mp4: .*imageio.*; run `pip install imageio imageio-ffmpeg`, or write a .gif"),
-        (dict(output="nowhere/a.gif"), "nowhere/a.gif: No such file or directory"),
+        (dict(output="nowhere/a.gif"), "--output nowhere/a.gif: there is no such folder"),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

@@ -347,6 +347,29 @@ def test_commands_name_no_folder_of_this_machine():
     assert reproduce.start_command(job)[1:] == line.split()
 
 
+def test_a_cell_goes_on_with_what_is_added_to_its_command_now(tmp_path):
+    """As without the compiler that it lacked. What the run has anyway is not repeated."""
+    cell, args = Cell(Variant("dom2"), "simple_tag", "random"), Args("table1", run_dir=str(tmp_path))
+    first = reproduce.make_job(cell, args, ("--compile", "--capture-video"))
+    run = first.folder / "dom2-run"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(first.settings))
+    (run / "checkpoint.pt").touch()
+    for further, expected in (
+        (("--compile",), []),
+        (("--compile", "--capture-video"), ["--capture-video"]),
+        (("--no-cuda", "--eval-interval", "7"), ["--no-cuda", "--no-compile", "--eval-interval", "7"]),
+    ):
+        job = reproduce.make_job(cell, args, further)
+        assert reproduce.start_command(job)[1:] == ["dom2_mpe.py", "--resume", str(run), *expected]
+
+
+def test_a_mistyped_folder_of_results_is_not_made(tmp_path):
+    with pytest.raises(UserError, match=r"--results-dir .*typo: no such folder"):
+        reproduce.reproduce(Args("report", results_dir=str(tmp_path / "typo")))
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_variant_is_a_command_with_its_own_folder():
     cells = [cell for target in TARGETS.values() for cell in target.cells()]
     everything = {cell.variant for cell in cells}

@@ -487,6 +487,18 @@ def test_names_in_metadata_lead_nowhere(name, tmp_path, data_dir):
         refused("metadata.json", load, tmp_path)
 
 
+def test_a_dataset_that_was_moved_is_not_called_damaged(tmp_path, data_dir, monkeypatch):
+    folder = common.dataset_path(tmp_path / "mine", "simple_tag", "medium")
+    shutil.copytree(common.dataset_path(data_dir, "simple_tag", "medium"), folder)
+    monkeypatch.chdir(folder.parent)
+    env = common.make_env("simple_tag")
+    expected = common.load_dataset(folder, env).obs
+    assert torch.equal(common.load_dataset(Path("seed_0_data"), env).obs, expected)
+    moved = folder.parent.rename(tmp_path / "mine/simple_tag/expert") / "seed_0_data"
+    told = f"{moved}: its metadata.json says simple_tag/medium; move it to folders of these names"
+    refused(told, common.load_dataset, moved, env)
+
+
 # ---- damaged and malicious checkpoints ----
 
 

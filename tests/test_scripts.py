@@ -612,6 +612,15 @@ def test_a_run_goes_on_with_its_own_data_alone(whole, tmp_path, collect):
         train(resumed(run, updates=8, data_dir=tmp_path / "other"))
     assert str(error.value) == f"--data-dir {tmp_path / 'other'}: not the data that {run} was trained on"
     assert files(run) == before
+    for change in (lambda x: 0.5 * x, lambda x: x[::-1]):  # with the same returns
+        collect("simple_spread", "random", tmp_path / "changed", overwrite=True)
+        folder = common.dataset_path(tmp_path / "changed", "simple_spread", "random")
+        (folder / "metadata.json").unlink()
+        for name in ("obs", "next_obs", "acs"):
+            for agent, x in enumerate(change(np.stack([np.load(folder / f"{name}_{i}.npy") for i in range(3)]))):
+                np.save(folder / f"{name}_{agent}.npy", x)
+        with pytest.raises(UserError, match="changed: not the data that"):
+            train(resumed(run, updates=8, data_dir=tmp_path / "changed"))
     collect("simple_spread", "random", tmp_path / "same")
     assert train(resumed(run, updates=8, data_dir=tmp_path / "same"))["updates"] == 8
 
@@ -704,6 +713,7 @@ def test_compiling_needs_a_compiler(small, monkeypatch):
         MemoryError("Unable to allocate 1.71 PiB"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore lines"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 24 bytes"),
+        RuntimeError("Storage size calculation overflowed with sizes=[9223372036854775807, 3]"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -1001,6 +1011,9 @@ def test_options_of_replication_that_change_nothing_are_refused(algorithm, words
         *({name: NAN} for name in ("data_fraction", "rho", "actor_lr", "critic_lr", "gamma")),
         *({"data_fraction": value} for value in (-0.5, INF)),
         *({"gamma": value} for value in (-0.1, 1.0, 2.0)),
+        {"beta_max": 101.0},  # a float32 holds no such alpha(1)
+        *({name: 2**31} for name in ("num_seeds", "updates", "batch_size", "eval_episodes", "copies")),
+        {"widths": (8, 2**31)},
         *({name: ()} for name in ("widths", "critic_widths")),
         *({name: (8, 0)} for name in ("widths", "critic_widths")),
         *({"quantiles": (0.5, value)} for value in (-0.1, 1.1, NAN)),

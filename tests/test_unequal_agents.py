@@ -160,6 +160,9 @@ def test_global_values_of_the_half_cheetah():
         assert torch.equal(obs[0, agent, 6:], torch.cat([state[:2], state[8:11]]))
     with pytest.raises(ValueError, match="qpos qpos: name each of them once"):
         MujocoEnv("HalfCheetah-2x3-obsk0-qpos-qpos", 1)
+    for other, name in (("HalfCheetah-2x3-obsk0", "HalfCheetah"), ("Hopper-3x1-obsk01", "Hopper-3x1-obsk1")):
+        with pytest.raises(ValueError, match=f"call it {name}$"):  # its data would lie in another folder
+            MujocoEnv(other, 1)
 
 
 @pytest.mark.parametrize("scenario", sorted(set(SCENARIOS) - {"ManySegmentAnt"}))

@@ -46,6 +46,8 @@ def as_tensor(x, name: str, shape=None, device="cpu", dtype=torch.float32, finit
 def as_int(x, name: str, least: int | None = None) -> int:
     """Convert an integer of any type, such as np.int64. Raises UserError if it is none, or smaller than `least`."""
     try:
+        if isinstance(x, bool):
+            raise TypeError
         number = operator.index(x)
     except TypeError:
         raise UserError(f"{name} {x!r}: must be an integer") from None
@@ -85,14 +87,15 @@ def read_metadata(path: Path) -> dict:
         metadata["checksums"] = dict(metadata["checksums"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged(path, f"{path / 'metadata.json'}: not readable") from None
-    if recorded != path.parts[-3:-1]:
-        raise damaged(path, f"{path}: metadata.json says {recorded[0]}/{recorded[1]}")
+    if recorded != path.absolute().parts[-3:-1]:
+        remedy = "move it to folders of these names, or correct scenario and dataset there"
+        raise UserError(f"{path}: its metadata.json says {'/'.join(recorded)}; {remedy}")
     return metadata
 
 
 def has_array(path: Path, name: str, metadata: dict) -> bool:
-    """Whether a dataset has the optional array `name`, also where its file was lost but metadata.json lists it."""
-    return (path / f"{name}_0.npy").exists() or f"{name}_0.npy" in metadata.get("checksums", {})
+    """Whether a dataset has the optional array `name`: of any agent, or in metadata.json's list."""
+    return any(path.glob(f"{name}*.npy")) or f"{name}_0.npy" in metadata.get("checksums", {})
 
 
 def load_array(file: Path, sizes: tuple[int, ...], agent: int, metadata: dict) -> Tensor:
@@ -113,7 +116,7 @@ def load_array(file: Path, sizes: tuple[int, ...], agent: int, metadata: dict) -
         raise damaged(file.parent, f"{file}: truncated or not a plain .npy array") from None
     if array.dtype.kind not in "biuf":
         raise damaged(file.parent, f"{file}: holds {array.dtype}, not numbers")
-    if file.name.startswith("dones_") and not ((array == 0) | (array == 1)).all():
+    if file.name.startswith(("dones_", "timeouts_")) and not ((array == 0) | (array == 1)).all():
         raise damaged(file.parent, f"{file}: holds other numbers than 0 and 1")
     array = array[:, None] if array.ndim == 1 and width == 1 else array
     if array.ndim != 2 or array.shape[1] not in (own, width):

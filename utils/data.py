@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +33,7 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
         if is_own(task):
             raise UserError(f"{folder}: no such dataset; docs/own-environment.md shows how to record it")
         if args.data_dir != "datasets":  # a mistyped folder must not be filled with our data
+            collect_datasets.env_to_collect_in(task, args.dataset, folder)
             make = shlex.join(["--scenario", task, "--dataset", args.dataset, "--data-dir", args.data_dir])
             raise UserError(f"{folder}: no such dataset; to make it there, run python collect_datasets.py {make}")
         if getattr(args, "prey", None):
@@ -161,14 +160,22 @@ def standardise(reward: Tensor, done: Tensor) -> Tensor:
     the critics need not learn a large offset, and E[abs(Q)], Eq. 5's normaliser, measures how much states differ.
     """
     mean, std = reward.double().mean(), reward.double().std()
-    return (reward - mean.float() * (1 - done.amax())) / std.clamp(min=1e-8).float()
+    std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # all rewards are the same: nothing to divide by
+    return (reward - mean.float() * (1 - done.amax())) / std.float()
 
 
 def alike(one: dict, other: dict) -> bool:
-    """Whether two `statistics` are those of the same data, up to rounding."""
-    close = partial(math.isclose, rel_tol=1e-4, abs_tol=1e-4)
-    same = one.keys() == other.keys() and one["versions"] == other["versions"]
-    return same and all(close(one[name], other[name]) for name in one if name != "versions")
+    """Whether two `statistics`, or two `fingerprint`s, are those of the same data, up to rounding."""
+    if one.keys() != other.keys() or one.get("versions") != other.get("versions"):
+        return False
+    pairs = [[torch.tensor(x[name], dtype=torch.float64) for x in (one, other)] for name in one if name != "versions"]
+    return all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-4) for x, y in pairs)
+
+
+def fingerprint(data: common.Dataset) -> dict:
+    """Mean absolute observation, action and next observation of each agent, which a run goes on with as well."""
+    columns = {"obs": data.obs, "action": data.action, "next_obs": data.next_obs}
+    return {name: x.abs().mean((1, 2), dtype=torch.float64).tolist() for name, x in columns.items()}
 
 
 def statistics(data: common.Dataset) -> dict:

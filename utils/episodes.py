@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,8 @@ import common
 from collect_datasets import write_arrays
 from utils.arrays import first_difference
 from utils.data import warn_of_actions
-from utils.program import UserError, replaced_folder
+from utils.options import DatasetName, Name, Options, Seed
+from utils.program import UserError, disk_errors, replaced_folder
 
 CLIPPED = {"Hopper": 10, "Walker2d": 10, "Ant": 1, "ManySegmentAnt": 1}  # bound of what whole robots observe
 
@@ -26,6 +29,16 @@ class Episode(NamedTuple):
     terminated: bool  # whether it ended in a terminal state
     last: str  # where the last next_obs comes from: "given", "repeated", or "unknown": that transition is left out
     team_return: float  # mean over agents of the sum of rewards, that of a transition left out included
+
+
+@dataclass
+class Place(Options):
+    """Where a dataset is written: the options of import_dataset.py, whose rules hold in programs as well."""
+
+    dataset: DatasetName
+    data_dir: Name
+    seed: Seed
+    overwrite: bool
 
 
 class NewDataset:
@@ -42,18 +55,20 @@ class NewDataset:
         clipped: how many of a whole robot's observed numbers are at the bound in CLIPPED, and how many there are.
 
     Raises:
-        UserError: there is no such task or dataset, or the version exists and `overwrite` is off.
+        UserError: there is no such task or dataset, the version exists and `overwrite` is off, or the disk refuses.
     """
 
     def __init__(self, task: str, dataset: str, data_dir, seed: int, agents: tuple[str, ...], overwrite: bool):
-        if dataset not in common.DATASETS:
-            raise UserError(f"dataset {dataset}: unknown; choose one of {', '.join(common.DATASETS)}")
-        env, path = common.make_env(task), common.dataset_path(data_dir, task, dataset, seed)
+        place = Place(dataset, data_dir, seed, overwrite)
+        env, path = common.make_env(task), common.dataset_path(place.data_dir, task, dataset, place.seed)
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists; choose another --data-dir or --seed, or pass --overwrite to replace it")
         self.task, self.env, self.agents = task, env, tuple(agents)
         self.dataset, self.path, self.overwrite = dataset, path, overwrite
         self.episodes, self.notes, self.clipped = [], {}, np.zeros(2, int)
+        there = next(folder for folder in path.parents if folder.exists())
+        with disk_errors(path, "free some space"), tempfile.TemporaryDirectory(dir=there):
+            pass  # noticed now, not after hours of recording
 
     def chosen(self, names: list[str]) -> list[str]:
         """Which of the source's agents are the task's, in its order. Raises UserError where names do not tell."""
@@ -61,8 +76,9 @@ class NewDataset:
         known = own if {*own} <= {*names} else indices if {*indices} == {*names} else ()
         chosen = self.agents or known
         if not len(own) == len(chosen) == len({*chosen} & {*names}):
+            listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
             raise UserError(
-                f"the data hold agents {', '.join(names)}; name the {len(own)} that are {self.task}'s "
+                f"the data hold agents {listed}; name the {len(own)} that are {self.task}'s "
                 f"{', '.join(own)}, in this order, with --agents"
             )
         if len(names) > len(chosen):
@@ -145,11 +161,13 @@ class NewDataset:
 
     def flags(self, values, what: str) -> np.ndarray:
         """Whether the team's episode ends, [T] bool: one flag of the team, or one per agent, all the same."""
-        flags = np.stack([x.reshape(len(x)) > 0 for _, x in self.columns(values, what)])
+        flags = np.stack([x.reshape(len(x)) for _, x in self.columns(values, what)])
+        if not ((flags == 0) | (flags == 1)).all():
+            raise UserError(f"{what}: hold other numbers than 0 and 1; give 1 where the episode ends, 0 elsewhere")
         row = first_difference(flags)
         if row is not None:
             raise UserError(f"{what}: the agents differ in row {row} (from 0); a team's episode ends for all at once")
-        return flags[0]
+        return flags[0] > 0
 
     def add(self, terminated: bool, obs, action, reward, next_obs=None) -> None:
         """Take an episode of T transitions, arrays [n, T, width], as `arrays` returns them.
@@ -198,9 +216,11 @@ class NewDataset:
             raise UserError(f"{path}: a dataset needs two episodes, there are {len(episodes)}; bring more")
         print(describe(self, episodes), flush=True)
         total = sum(e.steps for e in episodes)
-        with replaced_folder(path, self.overwrite) as folder, tqdm(desc=str(path), total=total, unit="step") as bar:
+        bar = tqdm(desc=str(path), total=total, unit="step")
+        with replaced_folder(path, self.overwrite, alike=False) as folder, bar:
             contents = write_arrays(folder, blocks(episodes), total, bar)
-            metadata = {"scenario": self.task, "dataset": self.dataset, **contents, "source": source}
+            agents = [str(agent) for agent in env.agents]
+            metadata = {"scenario": self.task, "dataset": self.dataset, "agents": agents, **contents, "source": source}
             (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
         self.overwrite = True
         outside = sum((np.abs(e.arrays["acs"]) > 1.0001 * env.action_scale).sum() for e in episodes)

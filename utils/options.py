@@ -22,13 +22,19 @@ class Rule(NamedTuple):
 
 
 Natural = Annotated[int, Rule("at least 0", lambda x: x >= 0)]
-Count = Annotated[int, Rule("at least 1", lambda x: x >= 1)]
-OptionalCount = Annotated[int | None, Rule("at least 1", lambda x: x is None or x >= 1)]
+SMALL = Rule("below 2^31", lambda x: x is None or x < 2**31)
+Count = Annotated[int, Rule("at least 1", lambda x: x >= 1), SMALL]
+OptionalCount = Annotated[int | None, Rule("at least 1", lambda x: x is None or x >= 1), SMALL]
 Weight = Annotated[float, Rule("finite and not negative", lambda x: 0 <= x < float("inf"))]
 OptionalWeight = Annotated[float | None, Rule("finite and not negative", lambda x: x is None or 0 <= x < float("inf"))]
 Share = Annotated[float, Rule("in (0, 1]", lambda x: 0 < x <= 1)]
 Discount = Annotated[float, Rule("in [0, 1)", lambda x: 0 <= x < 1)]
-Widths = Annotated[tuple[int, ...], Rule("at least one width, each at least 1", lambda x: len(x) > 0 and min(x) >= 1)]
+Widths = Annotated[
+    tuple[int, ...],
+    Rule("at least one width, each at least 1", lambda x: len(x) > 0 and min(x) >= 1),
+    Rule("below 2^31", lambda x: max(x) < 2**31),
+]
+NoiseScale = Annotated[float, Rule("from 0 to 100", lambda x: 0 <= x <= 100)]  # a float32 holds exp(-100 / 4)
 Quantiles = Annotated[tuple[float, ...], Rule("numbers in [0, 1]", lambda x: x and all(0 <= q <= 1 for q in x))]
 Thresholds = Annotated[
     tuple[float, ...] | None, Rule("numbers, at least one", lambda x: x is None or (x and all(r == r for r in x)))

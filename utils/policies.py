@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +12,27 @@ import torch
 import torch.nn.functional as F
 
 import common
-from own_env import from_unit
+from own_env import check_agents, from_unit
 from particle_env import SCENARIOS
 from utils.arrays import as_int, as_tensor
 from utils.checkpoints import checkpoint_file, options_of, read_checkpoint, restore, script_of
 from utils.frozen import policy_action
 from utils.program import UserError, counted
 
+LOCK = threading.RLock()
+
 
 @contextmanager
 def torch_defaults():
     """Within the context torch's own defaults hold, whatever the calling program has set: float32, CPU, no autocast."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    with LOCK:  # the default belongs to all threads
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def maker_of(checkpoint, file: Path):
@@ -65,6 +69,7 @@ class TrainedPolicy:
             raise UserError(f"seed_index {seed_index}: {path} holds {counted(args.num_seeds, 'seed')}")
         self.args, self.algorithm, self.prey = replace(args, num_seeds=1), algorithm, checkpoint["prey"]
         env = common.make_env(common.task_name(args))
+        check_agents(checkpoint.get("agents"), list(map(str, env.agents)), file)
         self.agents, self.obs_size, self.boxes = env.agents, env.obs_size, getattr(env, "boxes", {})
         self.action_sizes, self.action_scale = env.action_sizes, env.action_scale
         self.sizes = dict(zip(env.agents, env.obs_sizes, strict=True))  # of every agent's observation

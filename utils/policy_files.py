@@ -53,6 +53,7 @@ def write_policy(file: Path, checkpoint: dict, results: dict, dtype: str = "floa
     tensors |= {f"prey.{name}": x for name, x in (checkpoint["prey"] or {}).items()}
     tensors = {name: x.contiguous() for name, x in tensors.items()}
     facts = {"algorithm": checkpoint["algorithm"], "args": checkpoint["args"], "results": results}
+    facts |= {"agents": checkpoint["agents"]} if checkpoint.get("agents") else {}  # older checkpoints do not say
     facts["checksum"] = checksum(facts, tensors)
     write_file(file, save(tensors, {"policy": json.dumps(facts)}))  # of several entries the order would vary
 
@@ -77,6 +78,7 @@ def read_policy(file: Path) -> dict:
         return {
             "algorithm": facts["algorithm"],
             "args": facts["args"],
+            "agents": facts.get("agents"),  # older files do not say
             "updates": results["updates"],
             "learners": parts["target_policy"],
             "optimizers": None,

@@ -51,7 +51,8 @@ def program(main) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        known = "can't allocate memory" in str(error) or "size calculation overflowed" in str(error)
+        if not known and not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
         remedy = "lower --num-seeds, --batch-size, --eval-episodes or --num-transitions"
         print(f"error: not enough memory; {remedy} ({str(error).splitlines()[0]})", file=sys.stderr)
@@ -167,17 +168,21 @@ def load_torch(path: Path):
 
 
 @contextmanager
-def replaced_folder(target: Path, overwrite: bool):
-    """A temporary folder in the scenario's that takes the place of `target` when the context ends well, or not at all.
+def replaced_folder(target: Path, overwrite: bool, alike: bool = True):
+    """A temporary folder that takes the place of `target`, a version of a dataset, when the context ends well, or not
+    at all.
+
+    Args:
+        alike: whether another process that makes `target` at the same time makes the same; then its folder is kept.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the disk refuses, or another process has made `target` and its contents may differ.
     """
-    scenario = target.parents[1]
+    home = target.parent if target.parent.exists() else target.parents[1]  # the first may be a link to another disk
     missing = [folder for folder in target.parents if not folder.exists()]
-    temporary = scenario / f".{target.parent.name}-{os.getpid()}-{time.time_ns()}.tmp"
+    temporary = home / f".{target.parent.name}-{os.getpid()}-{time.time_ns()}.tmp"
     replaced = temporary.with_suffix(".old")
-    for left in (*scenario.glob(".*.tmp"), *scenario.glob(".*.old")):
+    for left in (*home.glob(".*.tmp"), *home.glob(".*.old")):
         with suppress(FileNotFoundError):  # of a process that has just ended
             if time.time() - left.stat().st_mtime > 86_400:  # no dataset takes a day: a killed process left it
                 shutil.rmtree(left, ignore_errors=True)
@@ -193,6 +198,10 @@ def replaced_folder(target: Path, overwrite: bool):
             except OSError:
                 if not target.exists():
                     raise
+                if not alike:
+                    beside = target.with_name(f"{target.name}-{os.getpid()}-{time.time_ns()}")
+                    os.rename(temporary, beside)
+                    raise UserError(f"{target}: another process has made it meanwhile; this one is {beside}") from None
                 print(f"{target}: another process has just made it; keeping that one")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
