@@ -152,7 +152,8 @@ def restore(learners, optimizers: dict, checkpoint: dict, path: str | Path) -> N
             for group, values in zip(optimizer.param_groups, own, strict=True):
                 group.update(values)
     except (KeyError, RuntimeError, ValueError):
-        raise UserError(f"{checkpoint_file(path)}: its networks do not fit its options; the file is damaged") from None
+        why = "the file is damaged, or the environment has other sizes than in training"
+        raise UserError(f"{checkpoint_file(path)}: its networks do not fit its options; {why}") from None
 
 
 def finite_state(learners, optimizers: dict, num_learners: int) -> Tensor:

@@ -14,6 +14,7 @@ import common
 from own_env import is_own
 from utils.frozen import policy_checksum
 from utils.program import UserError
+from utils.provenance import script_command
 
 COLUMNS = ("obs", "action", "reward", "next_obs", "done")  # with one row per transition
 
@@ -35,7 +36,8 @@ def load_data(args, env, prey: dict | None) -> common.Dataset:
         if args.data_dir != "datasets":  # a mistyped folder must not be filled with our data
             collect_datasets.env_to_collect_in(task, args.dataset, folder)
             make = shlex.join(["--scenario", task, "--dataset", args.dataset, "--data-dir", args.data_dir])
-            raise UserError(f"{folder}: no such dataset; to make it there, run python collect_datasets.py {make}")
+            command = f"{script_command(common.ROOT / 'collect_datasets.py')} {make}"
+            raise UserError(f"{folder}: no such dataset; to make it there, run {command}")
         if getattr(args, "prey", None):
             remedy = "run collect_datasets.py with --pretrained-dir, or leave --prey out"
             raise UserError(f"{folder}: no such dataset, and it would be made with another prey than --prey; {remedy}")

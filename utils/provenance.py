@@ -31,9 +31,9 @@ def git_commit() -> str:
         return "unknown"
 
 
-def script_command() -> str:
-    """The start of a command line that runs this script again from the current folder."""
-    script = Path(sys.argv[0])
+def script_command(script: Path | None = None) -> str:
+    """The start of a command line that runs a script from the current folder; None: this one, again."""
+    script = script or Path(sys.argv[0])
     try:
         script = Path(os.path.relpath(script))
     except ValueError:  # another drive on Windows
