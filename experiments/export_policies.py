@@ -52,7 +52,7 @@ PAGE = """# Trained policies
 Each file holds DOM2's target policies of one run: what acting needs, no critics and optimisers.
 [How to load, evaluate and play them](../../docs/environments.md#trained-policies).
 The table shows mean returns over the seeds, in the standard and in the shifted environments, with the last parameters.
-Policies with seed 0 are older than commit 2dfb96b, and most of them have earlier settings. Each file holds its own.
+Each file holds its settings.
 `python experiments/export_policies.py` writes the files and this page.
 
 """
