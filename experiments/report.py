@@ -670,11 +670,10 @@ OVERVIEW = """# What did the experiments show?
 dataset in one environment. Each heading has its figure and a link to its table, which shows every mean and spread next
 to the paper's.
 
-Everything is being made again with today's code and settings and five seeds, 10 to 14. The settings were chosen with
-the seeds 0 to 2. Those of DOM2 in Tables 1 to 4 are done. A dagger (†) in the tables marks older results. These have the
-seeds 0 to 2 and, in the particle environments, earlier code, in which the policies acted themselves and not their
-average ([more](../results/README.md#raw-results)). Where an algorithm has later results, its older variants are left
-out.
+Everything is being made again with today's code and settings and five seeds, 10 to 14; in Tables 1 to 4 DOM2 is done.
+The settings were chosen with the seeds 0 to 2. A dagger (†) in the tables marks older results. These have the seeds 0
+to 2 and, in the particle environments, earlier code, in which the policies acted themselves and not their average
+([more](../results/README.md#raw-results)). Where an algorithm has later results, its older variants are left out.
 """
 
 

@@ -103,7 +103,7 @@ def test_these_settings_are_those_of_the_command_line():
 def test_raw_results_were_made_with_the_settings_that_their_cells_have_today(folder):
     """Except those with the seeds from 0, which are of earlier settings and have a dagger in the tables."""
     for path, results in in_folder(folder):
-        if results["settings"]["seed"] == 0:
+        if results["settings"]["seed"] == 0 and folder != "main/dom2":
             continue
         plain = report.Cell(report.Variant(results["algorithm"]), results["scenario"], results["dataset"])
         cell = CELLS.get(path, plain)
