@@ -67,8 +67,8 @@ class NewDataset:
         self.dataset, self.path, self.overwrite = dataset, path, overwrite
         self.episodes, self.notes, self.clipped = [], {}, np.zeros(2, int)
         there = next(folder for folder in path.parents if folder.exists())
-        with disk_errors(path, "free some space"), tempfile.TemporaryDirectory(dir=there):
-            pass  # noticed now, not after hours of recording
+        with disk_errors(path, "free some space"):  # noticed now, not after hours of recording
+            tempfile.TemporaryDirectory(dir=there).cleanup()
 
     def chosen(self, names: list[str]) -> list[str]:
         """Which of the source's agents are the task's, in its order. Raises UserError where names do not tell."""
