@@ -178,7 +178,8 @@ def replaced_folder(target: Path, overwrite: bool, alike: bool = True):
     Raises:
         UserError: the disk refuses, or another process has made `target` and its contents may differ.
     """
-    home = target.parent if target.parent.exists() else target.parents[1]  # the first may be a link to another disk
+    elsewhere = target.parent.is_symlink() or target.parent.is_mount()  # perhaps on another disk
+    home = target.parent if elsewhere else target.parents[1]
     missing = [folder for folder in target.parents if not folder.exists()]
     temporary = home / f".{target.parent.name}-{os.getpid()}-{time.time_ns()}.tmp"
     replaced = temporary.with_suffix(".old")
