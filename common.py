@@ -118,7 +118,7 @@ def load_dataset(path: Path, env) -> Dataset:
         UserError: a file is missing, damaged, of a shape that does not fit the others or the scenario, or not finite.
     """
     n, metadata = env.num_agents, read_metadata(path)
-    check_agents(metadata.get("agents"), list(map(str, env.agents)), path)
+    check_agents(metadata.get("agents"), env.agents, path)
     obs, acs, one = env.obs_sizes, env.action_sizes, (1,) * n
     widths = {"obs": obs, "acs": acs, "rews": one, "next_obs": obs, "dones": one}
     widths |= {"timeouts": one} if has_array(path, "timeouts", metadata) else {}  # where episodes were cut short

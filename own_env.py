@@ -160,11 +160,12 @@ def close(envs: list) -> None:
             env.close()
 
 
-def check_agents(known: list[str] | None, agents: list[str], what) -> None:
+def check_agents(known: list[str] | None, agents, what) -> None:
     """Raise a UserError if `what` was made with agents of other names or in another order; None: it does not say."""
-    if known not in (None, agents):
+    own = list(map(str, agents))
+    if known not in (None, own):
         remedy = "let possible_agents list them in that order, under these names"
-        raise one_line(f"{what} has agents {', '.join(known)}, the environment {', '.join(agents)}; {remedy}")
+        raise one_line(f"{what} has agents {', '.join(known)}, the environment {', '.join(own)}; {remedy}")
 
 
 class OwnEnv:

@@ -69,7 +69,7 @@ class TrainedPolicy:
             raise UserError(f"seed_index {seed_index}: {path} holds {counted(args.num_seeds, 'seed')}")
         self.args, self.algorithm, self.prey = replace(args, num_seeds=1), algorithm, checkpoint["prey"]
         env = common.make_env(common.task_name(args))
-        check_agents(checkpoint.get("agents"), list(map(str, env.agents)), file)
+        check_agents(checkpoint.get("agents"), env.agents, file)
         self.agents, self.obs_size, self.boxes = env.agents, env.obs_size, getattr(env, "boxes", {})
         self.action_sizes, self.action_scale = env.action_sizes, env.action_scale
         self.sizes = dict(zip(env.agents, env.obs_sizes, strict=True))  # of every agent's observation
