@@ -17,6 +17,7 @@ Training is centralised: through the attention the agents of a seed learn togeth
 - Return is the mean reward of the window, as its rank in the minibatch, in [0, 1]. The original takes the discounted
   return to the end of the episode over a scale set by hand per dataset; the target, 0.9, is the original's.
 - Observations are standardised by mean and standard deviation for the empirical distribution of each entry.
+- Every episode is drawn with the same probability. The original draws windows, so long episodes more often.
 """
 
 from __future__ import annotations
