@@ -4,7 +4,8 @@
     value          V(o) = sum_k softmax_k(alpha Q(o, a_k)) Q(o, a_k), a_k actions of the behaviour
     planning       R_t = r_t + gamma max(R_{t+1}, V(o_{t+1})), backwards along a trajectory of the data
     critic_loss    (Q(o_t, a_t) - R_t)^2: in-sample planning
-    act            of 8 behaviour actions one is drawn with probability softmax(eval_alpha Q)
+    act            of 8 behaviour actions one is drawn with probability softmax(eval_alpha Q); in MuJoCo tasks the
+                   mean of 4 of 32 acts
 
     python baselines/ma_sfbc.py --scenario simple_spread --dataset medium
     python baselines/ma_sfbc.py --help
@@ -257,7 +258,7 @@ def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) 
 
 @torch.no_grad()
 def act(learners: nn.ModuleDict, obs: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """Candidates of the behaviour, one of them chosen by Q: obs [L, E, d] -> [L, E, A]."""
+    """The mean of `eval_average` actions of the behaviour, drawn by Q: obs [L, E, d] -> [L, E, A]."""
     A = learners["critic"].layers[0].weight.shape[1] - obs.shape[-1]
     noise = torch.randn(*obs.shape[:2], args.eval_candidates, A, generator=generator, device=obs.device)
     actions = candidates(learners["target_policy"], obs, args.temperature * noise)

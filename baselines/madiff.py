@@ -10,13 +10,13 @@
     python baselines/madiff.py --help
 
 Training is centralised: through the attention the agents of a seed learn together. What differs from the original:
-- Windows of 8 observations for 24 (`--horizon 24`); 3 blocks of convolution and attention, 64 wide, for a U-Net of 128,
-  512 and 1,024; 10,000 updates (HalfCheetah: 20,000) for a million.
-- The network predicts the clean trajectory, not the noise, told what is known, and nothing clips it; 3 DPM-Solver
-  steps for 200 of DDPM; a learning rate of 1e-3 for 2e-4; the inverse dynamics end in tanh.
+- Windows of 8 observations instead of 24 (`--horizon 24`); 3 blocks of convolution and attention, 64 wide, instead of a
+  U-Net of 128, 512 and 1,024; 10,000 updates (HalfCheetah: 20,000) instead of a million.
+- The network predicts the clean trajectory, not the noise. It is told which observations are known. Nothing clips it.
+- 3 DPM-Solver steps instead of 200 of DDPM; a learning rate of 1e-3 instead of 2e-4; the inverse dynamics end in tanh.
 - Return is the mean reward of the window, as its rank in the minibatch, in [0, 1]. The original takes the discounted
   return to the end of the episode over a scale set by hand per dataset; the target, 0.9, is the original's.
-- Observations are standardised by mean and standard deviation for the empirical distribution of each entry.
+- Observations are standardised by mean and standard deviation, not by the empirical distribution of each entry.
 - Every episode is drawn with the same probability. The original draws windows, so long episodes more often.
 """
 

@@ -672,8 +672,9 @@ to the paper's.
 
 Everything is being made again with today's code and settings and five seeds, 10 to 14; in Tables 1 to 4 DOM2 is done.
 The settings were chosen with the seeds 0 to 2. A dagger (†) in the tables marks older results. These have the seeds 0
-to 2 and, in the particle environments, earlier code, in which the policies acted themselves and not their average
-([more](../results/README.md#raw-results)). Where an algorithm has later results, its older variants are left out.
+to 2. In the particle environments they also have earlier code, in which the policies acted themselves and not their
+average, except those of MA-TD3+BC ([more](../results/README.md#raw-results)). Where an algorithm has later results, its
+older variants are left out.
 """
 
 
