@@ -45,7 +45,7 @@ class Args(shared.DataArgs, TrainingArgs, shared.NetworkArgs, options.Evaluation
 
 # No settings of behaviour cloning are published for these datasets; networks and batches are those of OMAR.
 SETTINGS = settings_table(
-    particles=dict(updates=4_000, batch_size=1024, widths=(64, 64)),
+    particles=dict(updates=4_000),
     mujoco=dict(updates=6_000, batch_size=256, widths=(128, 128)),
     rows={},
 )

@@ -26,10 +26,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-import torch.nn as nn
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
 
@@ -50,23 +48,15 @@ from utils.program import program
 
 
 @dataclass
-class DataArgs(shared.DataArgs):
-    """What to learn from."""
-
-    raw_rewards: bool = True
-    """keep the rewards as they are, those for which cql_alpha was published"""
-
-
-@dataclass
-class Args(DataArgs, shared.CQLArgs, shared.CQLNetworkArgs, options.EvaluationArgs, options.RunArgs):
+class Args(shared.DataArgs, shared.CQLArgs, shared.CQLNetworkArgs, options.EvaluationArgs, options.RunArgs):
     """All options of MA-CQL."""
 
 
 # As published with OMAR, except: on HalfCheetah what the docstring names, and batch normalisation is off there, except
 # on random; random-medium and medium-expert, which were not published, have the settings of medium-replay and expert.
 SETTINGS = settings_table(
-    particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
-    mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)
+    particles=dict(raw_rewards=True),
+    mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005, raw_rewards=True)
     | dict(cql_actions=4, cql_policy_actions=3),
     rows={
         "simple_spread": {
@@ -112,11 +102,7 @@ def policy_loss(policy, critic, batch: CQLBatch, args: Args):
     return args.action_penalty * policy.own_mean(action.square()) - q, {"charts/q_policy": q.detach()}
 
 
-def update(learners: nn.ModuleDict, optimizers: dict, batch: CQLBatch, args: Args) -> dict[str, Tensor]:
-    """One step of all critics, policies and targets. Returns metrics, each [L]."""
-    return cql_update(learners, optimizers, batch, args, policy_loss)
-
-
+update = partial(cql_update, policy_loss=policy_loss)
 MA_CQL = Algorithm("ma_cql", Args, SETTINGS, make_actor_critic, make_optimizers, sample_cql_batch, update, act)
 
 

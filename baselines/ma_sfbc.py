@@ -125,7 +125,7 @@ class Args(shared.DataArgs, TrainingArgs, NetworkArgs, EvaluationArgs, options.R
 
 # reward_scale gives returns a spread of about 1, as alpha expects.
 SETTINGS = settings_table(
-    particles=dict(updates=4_000, gamma=0.95, reward_scale=0.2, batch_size=256, eval_interval=2_000),
+    particles=dict(updates=4_000, reward_scale=0.2, batch_size=256, eval_interval=2_000),
     mujoco=dict(updates=6_000, gamma=0.99, reward_scale=0.05, batch_size=256, eval_candidates=32, eval_average=4),
     rows={scenario: {"random": dict(eval_alpha=100.0)} for scenario in (*SCENARIOS, OWN, "HalfCheetah")},
 )
@@ -229,9 +229,8 @@ def sample_windows(data, args: Args) -> Windows:
     step = torch.where(length > H, first, 0) + torch.arange(H, device=device)  # [L, M, H]
     row = (start + torch.minimum(step.clamp(min=0), length - 1)).flatten(1)  # [L, M * H]
     agent = torch.arange(L, device=device)[:, None] % n
-    columns = (data.obs, data.action, data.reward, data.next_obs, data.done)
     return Windows(
-        *(x[agent, row] for x in columns),
+        *(x[agent, row] for x in data[:5]),
         real=((step >= 0) & (step < length)).flatten(1).to(data.obs.dtype),
         noise=torch.randn(L, M * H, args.plan_candidates, A, device=device),
     )

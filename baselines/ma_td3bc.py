@@ -53,7 +53,7 @@ class Args(shared.DataArgs, TrainingArgs, shared.ActorCriticArgs, options.Evalua
 # and gamma on particles: found by experiment (docs/baselines.md).
 FEW, LOW_GAMMA = dict(updates=1_000), dict(updates=4_000, gamma=0.8)
 SETTINGS = settings_table(
-    particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
+    particles={},
     mujoco=dict(updates=5_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005, raw_rewards=True),
     rows={
         "simple_spread": {"random": FEW, "random-medium": FEW, "medium-replay": FEW, "medium": FEW},

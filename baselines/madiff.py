@@ -52,8 +52,6 @@ from run import Algorithm, parse
 from utils.data import draw
 from utils.program import program
 
-Fraction = Annotated[float, options.Rule("in [0, 1]", lambda x: 0 <= x <= 1)]
-
 
 @dataclass
 class TrainingArgs(options.TrainingArgs):
@@ -67,7 +65,7 @@ class TrainingArgs(options.TrainingArgs):
     """the acting networks are a moving average: they move by this share of the difference each update"""
     horizon: Annotated[int, options.Rule("at least 2", lambda x: x >= 2)] = 8
     """observations in a window and in a plan"""
-    return_dropout: Fraction = 0.25
+    return_dropout: options.Fraction = 0.25
     """share of the windows that are learned without their return"""
 
 
@@ -91,7 +89,7 @@ class NetworkArgs(options.Options):
 class EvaluationArgs(options.EvaluationArgs):
     """How to measure."""
 
-    target_return: Fraction = 0.9
+    target_return: options.Fraction = 0.9
     """return that the acting policy asks for: the rank of a window's mean reward in a minibatch, in [0, 1]"""
     guidance: options.Weight = 1.2
     """weight of the return in plans; 0: none, 1: no more than learned"""

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a script in a folder of its own
@@ -41,18 +40,10 @@ from utils.program import UserError, program
 
 
 @dataclass
-class DataArgs(shared.DataArgs):
-    """What to learn from."""
-
-    raw_rewards: bool = True
-    """keep the rewards as they are, those for which cql_alpha was published"""
-
-
-@dataclass
 class TrainingArgs(shared.CQLArgs):
     """How to learn. The defaults in --help are those of the given --scenario and --dataset (SETTINGS)."""
 
-    omar_coe: Annotated[float, options.Rule("in [0, 1]", lambda x: 0 <= x <= 1)] = 1.0
+    omar_coe: options.Fraction = 1.0
     """weight of the distance to the best action found; the weight of Q is the rest"""
     omar_iterations: options.Count = 3
     """refits of the sampler's Gaussian"""
@@ -65,7 +56,7 @@ class TrainingArgs(shared.CQLArgs):
 
 
 @dataclass
-class Args(DataArgs, TrainingArgs, shared.CQLNetworkArgs, options.EvaluationArgs, options.RunArgs):
+class Args(shared.DataArgs, TrainingArgs, shared.CQLNetworkArgs, options.EvaluationArgs, options.RunArgs):
     """All options of OMAR."""
 
     def __post_init__(self):
@@ -78,8 +69,8 @@ class Args(DataArgs, TrainingArgs, shared.CQLNetworkArgs, options.EvaluationArgs
 # were not published, have their neighbours' settings; batch normalisation, under which the critics cannot tell offset
 # and scale of the sampler's actions, is off where that brings more return.
 SETTINGS = settings_table(
-    particles=dict(updates=2_000, batch_size=1024, lr=0.01, widths=(64, 64), gamma=0.95, rho=0.01),
-    mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005)
+    particles=dict(raw_rewards=True),
+    mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005, raw_rewards=True)
     | dict(cql_actions=4, cql_policy_actions=3, omar_iterations=2, omar_samples=20, omar_elites=5),
     rows={
         "simple_spread": {
@@ -191,11 +182,7 @@ def sample_batch(data, args: Args) -> Batch:
     return Batch(*batch, sampler_noise=noise)
 
 
-def update(learners: nn.ModuleDict, optimizers: dict, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """One step of all critics, policies and targets. Returns metrics, each [L]."""
-    return cql_update(learners, optimizers, batch, args, policy_loss)
-
-
+update = partial(cql_update, policy_loss=policy_loss)
 OMAR = Algorithm("omar", Args, SETTINGS, make_actor_critic, make_optimizers, sample_batch, update, act)
 
 

@@ -93,10 +93,9 @@ def settings_table(particles: dict, mujoco: dict, rows: dict) -> dict:
         rows: {scenario: {dataset: options}}; where they have none, landmarks6 takes those of simple_spread, and a
             MuJoCo task those of HalfCheetah.
     """
-    own, particles = particles, dict(eval_interval=1_000, eval_episodes=1_000, shift=("speed",)) | particles
     mujoco = dict(eval_interval=5_000, eval_episodes=32, shift=("random", "extreme")) | mujoco
     table = {}
-    families = {**dict.fromkeys(SCENARIOS, particles), OWN: own, **dict.fromkeys(ROBOTS, mujoco)}
+    families = dict.fromkeys((*SCENARIOS, OWN), particles) | dict.fromkeys(ROBOTS, mujoco)
     for scenario, family in families.items():
         model = {"landmarks6": "simple_spread", **dict.fromkeys(ROBOTS, "HalfCheetah")}.get(scenario)
         row = rows.get(scenario, rows.get(model, {}))

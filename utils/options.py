@@ -15,19 +15,19 @@ from utils.program import UserError
 
 
 class Rule(NamedTuple):
-    """What an option may be: in words, and as a test."""
+    """What an option may be, if it is not None: in words, and as a test."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
+POSITIVE, SMALL = Rule("at least 1", lambda x: x >= 1), Rule("below 2^31", lambda x: x < 2**31)
+FINITE = Rule("finite and not negative", lambda x: 0 <= x < float("inf"))
 Natural = Annotated[int, Rule("at least 0", lambda x: x >= 0)]
-SMALL = Rule("below 2^31", lambda x: x is None or x < 2**31)
-Count = Annotated[int, Rule("at least 1", lambda x: x >= 1), SMALL]
-OptionalCount = Annotated[int | None, Rule("at least 1", lambda x: x is None or x >= 1), SMALL]
-Weight = Annotated[float, Rule("finite and not negative", lambda x: 0 <= x < float("inf"))]
-OptionalWeight = Annotated[float | None, Rule("finite and not negative", lambda x: x is None or 0 <= x < float("inf"))]
+Count, OptionalCount = Annotated[int, POSITIVE, SMALL], Annotated[int | None, POSITIVE, SMALL]
+Weight, OptionalWeight = Annotated[float, FINITE], Annotated[float | None, FINITE]
 Share = Annotated[float, Rule("in (0, 1]", lambda x: 0 < x <= 1)]
+Fraction = Annotated[float, Rule("in [0, 1]", lambda x: 0 <= x <= 1)]
 Discount = Annotated[float, Rule("in [0, 1)", lambda x: 0 <= x < 1)]
 Widths = Annotated[
     tuple[int, ...],
@@ -36,13 +36,11 @@ Widths = Annotated[
 ]
 NoiseScale = Annotated[float, Rule("from 0 to 100", lambda x: 0 <= x <= 100)]  # a float32 holds exp(-100 / 4)
 Quantiles = Annotated[tuple[float, ...], Rule("numbers in [0, 1]", lambda x: x and all(0 <= q <= 1 for q in x))]
-Thresholds = Annotated[
-    tuple[float, ...] | None, Rule("numbers, at least one", lambda x: x is None or (x and all(r == r for r in x)))
-]
+Thresholds = Annotated[tuple[float, ...] | None, Rule("numbers, at least one", lambda x: x and all(r == r for r in x))]
 DatasetName = Literal["random", "random-medium", "medium-replay", "medium", "medium-expert", "expert"]
 Shift = Literal["none", "speed", "dismiss", "random", "extreme"]
 # An empty word is often an unset variable of the shell, which also leaves the ~ of --option=~/folder as it is.
-NAMED = Rule("a name, not empty and without ~ in front", lambda x: x is None or (x and x[0] != "~"))
+NAMED = Rule("a name, not empty and without ~ in front", lambda x: x and x[0] != "~")
 Name, OptionalName = Annotated[str, NAMED], Annotated[str | None, NAMED]
 Seed = Annotated[int, Rule("from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31)]
 
@@ -93,7 +91,7 @@ class Options:
                         known = ", ".join(typing.get_args(choices))
                         raise UserError(f"{option} {one}: unknown; choose one of {known}")
             for rule in getattr(hint, "__metadata__", ()):
-                if isinstance(rule, Rule) and not rule.holds(value):
+                if isinstance(rule, Rule) and value is not None and not rule.holds(value):
                     shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                     raise UserError(f"{option} {shown}: must be {rule.words}")
 
