@@ -311,8 +311,7 @@ class DiffusionPolicy(nn.Module):
 
     def eps(self, noisy_action: Tensor, obs: Tensor, t: float) -> Tensor:
         """eps_theta(a, o, tau), [L, B, A]."""
-        x = noisy_action if self.mask.numel() == 1 else noisy_action * self.mask
-        f = self.net(x, obs, t)
+        f = self.net(noisy_action * self.mask, obs, t)
         if self.prediction == "noise":
             return f
         return (noisy_action - self.schedule.alpha(t) * torch.tanh(f)) / self.schedule.sigma(t)
@@ -566,7 +565,7 @@ load_policy = TrainedPolicy
 def train(args, algorithm: Algorithm = DOM2) -> dict:
     """Algorithm 2, then the evaluations. For a baseline, pass its Algorithm. Returns the content of results.json."""
     run = Run(args, algorithm)  # a new run, or the one that --resume or --eval-only names
-    args, env = run.args, run.make_env(1)
+    args, env = run.args, run.env
     torch.manual_seed(args.seed)
     data = None if args.eval_only else load_data(args, env, run.prey)
 

@@ -27,7 +27,6 @@ import torch
 import tyro
 
 import common
-import mamujoco_env
 from utils.arrays import episode_lengths
 from utils.episodes import NewDataset
 from utils.options import DatasetName, Name, Natural, Options
@@ -171,9 +170,6 @@ def import_dataset(args: Args) -> dict:
     for option, value in (("--rows", args.rows), ("--from-state", args.from_state)):
         if value and args.source != "vault":
             raise UserError(f"{option}: belongs to --source vault; leave it out")
-    if args.scenario not in mamujoco_env.SCENARIOS and (args.agent_conf or args.agent_obsk or args.global_categories):
-        options = "--agent-conf, --agent-obsk, --global-categories"
-        raise UserError(f"{options}: {args.scenario} is no robot's name alone; leave them out")
     task = common.task_name(args)
     data = NewDataset(task, args.dataset, args.data_dir, args.seed, args.agents, args.overwrite)
     read, package, remedy = FORMATS[args.source]
@@ -184,8 +180,7 @@ def import_dataset(args: Args) -> dict:
     except UserError as error:
         raise UserError(f"{args.path}: {error}") from None
     except Exception as error:  # the libraries raise whatever a damaged file makes of them
-        said = " ".join(str(error).split())  # some have several lines
-        raise UserError(f"{args.path}: not readable ({type(error).__name__}: {said}); {remedy}") from None
+        raise UserError(f"{args.path}: not readable ({type(error).__name__}: {error}); {remedy}") from None
     return data.write({name: getattr(args, name) for name in ("source", "path", "agents", "rows", "from_state")})
 
 

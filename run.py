@@ -24,11 +24,10 @@ from tqdm import tqdm
 import common
 from collect_datasets import prey_obs_size
 from own_env import OWN, check_agents, is_own
-from particle_env import SCENARIOS
 from utils import evaluation
 from utils.accelerate import compiled, cuda_graph
 from utils.checkpoints import drop_damaged, finite_state, load_checkpoint, locked, new_run_dir, restore
-from utils.data import alike, fingerprint, statistics
+from utils.data import alike, statistics
 from utils.frozen import load_prey, policy_action
 from utils.options import parse_groups
 from utils.program import UserError, catch_signals, counted, disk_errors, save_torch, write_file
@@ -110,9 +109,6 @@ class Run:
     def __init__(self, args, algorithm: Algorithm):
         self.started, self.algorithm, self.args, self.checkpoint = time.time(), algorithm, args, None
         self.task = common.task_name(args)
-        for name in ("agent_conf", "agent_obsk", "global_categories"):
-            if getattr(args, name, None) and (is_own(args.scenario) or args.scenario in SCENARIOS):
-                raise UserError(f"--{name.replace('_', '-')}: {args.scenario} has no joints to share out; leave it out")
         if args.resume and args.eval_only:
             raise UserError(f"--eval-only {args.eval_only}: cannot be combined with --resume; give one of them")
         if args.resume or args.eval_only:
@@ -126,11 +122,10 @@ class Run:
         self.returns, self.stats = {}, self.checkpoint["data"] if self.checkpoint else None
         self.prey = self.checkpoint["prey"] if self.checkpoint else scenario_prey(args)
         self.evaluates, self.stopped = False, []
-        for shift in ("none", *args.shift):  # an unknown one is noticed here, not after the training
-            env = self.make_env(2, shift)  # two: do copies of an own environment agree?
-        self.action_mask, self.agents = env.action_mask, list(map(str, env.agents))
+        # An unknown shift is noticed here, not after the training. Two: do copies of an own environment agree?
+        self.env, *_ = [self.make_env(2, shift) for shift in ("none", *args.shift)]
         if self.checkpoint:
-            check_agents(self.checkpoint.get("agents"), self.agents, self.path)  # older checkpoints have none
+            check_agents(self.checkpoint.get("agents"), self.env.agents, self.path)  # older checkpoints have none
 
     def _compare(self, stored) -> None:
         """Raise a UserError if an option differs from the run's own and can no longer be changed."""
@@ -172,7 +167,6 @@ class Run:
         Iterating over the run yields the numbers of the updates to make; with --eval-only there are none.
         """
         self.learners, self.optimizers, self.data = learners, optimizers, data
-        self.fingerprint = data and fingerprint(data)
         if self.checkpoint is not None:
             restore(learners, optimizers, self.checkpoint, self.path)
             if self.checkpoint["optimizers"] is None:  # a policy file
@@ -181,8 +175,7 @@ class Run:
                 torch.set_rng_state(self.checkpoint["rng"])
             if self.device.type == "cuda" and self.checkpoint["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
-            known = self.checkpoint.get("fingerprint", self.fingerprint)  # older checkpoints have none
-            if data is not None and not (alike(statistics(data), self.stats) and alike(self.fingerprint, known)):
+            if data is not None and not alike(statistics(data), self.stats):
                 raise UserError(f"--data-dir {self.args.data_dir}: not the data that {self.path} was trained on")
         if self.args.eval_only:
             self.updates = range(0)
@@ -266,7 +259,7 @@ class Run:
         if shift != "none" or not self.evaluates:
             return
         score, S = returns.mean().item(), self.args.num_seeds
-        spread = evaluation.action_std(self.act, self.data, S, self.action_mask)
+        spread = evaluation.action_std(self.act, self.data, S, self.env.action_mask)
         normalised = common.normalised_score(self.args.scenario, score)
         self.writer.add_scalar("charts/episodic_return", score, self.update)
         self.writer.add_scalar("charts/action_std", spread, self.update)
@@ -287,8 +280,7 @@ class Run:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "prey": self.prey,
             "data": self.stats,
-            "fingerprint": self.fingerprint,
-            "agents": self.agents,
+            "agents": list(map(str, self.env.agents)),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
@@ -304,7 +296,7 @@ class Run:
         Raises:
             UserError: a return is not finite, or the disk refuses.
         """
-        args, env = self.args, self.make_env(1)
+        args = self.args
         if not all(x.isfinite().all() for x in self.returns.values()):
             raise UserError(f"{self.path}: a return is not finite; lower --temperature or the environment's rewards")
         results = {
@@ -316,7 +308,7 @@ class Run:
             "eval_episodes": args.eval_episodes,
             "returns": {shift: x.tolist() for shift, x in self.returns.items()},
             "data": self.stats,
-            "milliseconds_per_action": evaluation.milliseconds_per_action(self.act, env, args.num_seeds),
+            "milliseconds_per_action": evaluation.milliseconds_per_action(self.act, self.env, args.num_seeds),
             "settings": asdict(args),
             "hardware": hardware(self.device),
             "first_update": self.first_update,  # number of updates that earlier commands made

@@ -677,7 +677,7 @@ def test_options_that_do_not_belong(tmp_path):
     refused("--rows: belongs to --source vault", import_to, tmp_path, "hdf5", "x", "simple_tag", rows=(0,))
     refused("--from-state: belongs to", import_to, tmp_path, "minari", "x", "simple_tag", from_state=True)
     for scenario in ("simple_tag", "my_envs:spread5", HOPPER_TASK):  # the last one says its partition itself
-        match = f"--agent-obsk, --global-categories: {scenario} is no robot"
+        match = f"--agent-obsk: {scenario} has no joints to share out"
         refused(match, import_to, tmp_path, "hdf5", "x", scenario, agent_obsk=1)
     refused("--source csv: unknown", import_to, tmp_path, "csv", "x", "simple_tag")
     refused("--seed -1", import_to, tmp_path, "hdf5", "x", "simple_tag", seed=-1)

@@ -16,8 +16,6 @@ from utils.frozen import policy_checksum
 from utils.program import UserError
 from utils.provenance import script_command
 
-COLUMNS = ("obs", "action", "reward", "next_obs", "done")  # with one row per transition
-
 
 def load_data(args, env, prey: dict | None) -> common.Dataset:
     """The dataset that `args` names, made first if its folder is missing; trajectories as they are, none replicated.
@@ -104,7 +102,7 @@ def joined(parts: list[common.Dataset]) -> common.Dataset:
     """The versions of a dataset as one, their rows one after the other."""
     if len(parts) == 1:
         return parts[0]
-    columns = [torch.cat([getattr(part, name) for part in parts], 1) for name in COLUMNS]
+    columns = [torch.cat(x, 1) for x in zip(*(part[:5] for part in parts), strict=True)]
     lengths, returns = (torch.cat([getattr(part, name) for part in parts]) for name in ("lengths", "returns"))
     versions = {name: episodes for part in parts for name, episodes in part.versions.items()}
     return common.Dataset(*columns, lengths.cumsum(0) - lengths, lengths, returns, parts[0].metadata, versions)
@@ -115,7 +113,7 @@ def draw(choices: tuple[Tensor, ...], num: int, *size: int) -> Tensor:
     return torch.cat([x[torch.randint(len(x), (num // len(choices), *size), device=x.device)] for x in choices])
 
 
-def warn_of_actions(outside: float, folder, scale: float = 1.0) -> None:
+def warn_of_actions(outside: float, folder, scale: float) -> None:
     """Warn if a share `outside` of the action entries in `folder` is beyond what the policies can express."""
     if outside:
         share = f"{outside:.2%} of the action entries are outside [-{scale:g}, {scale:g}], where no policy here can act"
@@ -150,7 +148,7 @@ def take_share(data: common.Dataset, share: float) -> common.Dataset:
     """A random share of the trajectories, at least one."""
     kept = torch.randperm(len(data.returns))[: max(1, round(share * len(data.returns)))]
     rows, lengths = common.rows_of(data.starts[kept], data.lengths[kept]), data.lengths[kept]
-    columns, starts = [getattr(data, name)[:, rows] for name in COLUMNS], lengths.cumsum(0) - lengths
+    columns, starts = [x[:, rows] for x in data[:5]], lengths.cumsum(0) - lengths
     versions = dict.fromkeys(data.versions, len(kept))
     return common.Dataset(*columns, starts, lengths, data.returns[kept], data.metadata, versions)
 
@@ -167,26 +165,22 @@ def standardise(reward: Tensor, done: Tensor) -> Tensor:
 
 
 def alike(one: dict, other: dict) -> bool:
-    """Whether two `statistics`, or two `fingerprint`s, are those of the same data, up to rounding."""
-    if one.keys() != other.keys() or one.get("versions") != other.get("versions"):
+    """Whether two `statistics` are those of the same data, up to rounding."""
+    if one.keys() != other.keys() or one["versions"] != other["versions"]:
         return False
     pairs = [[torch.tensor(x[name], dtype=torch.float64) for x in (one, other)] for name in one if name != "versions"]
     return all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-4) for x, y in pairs)
 
 
-def fingerprint(data: common.Dataset) -> dict:
-    """Mean absolute observation, action and next observation of each agent, which a run goes on with as well."""
-    columns = {"obs": data.obs, "action": data.action, "next_obs": data.next_obs}
-    return {name: x.abs().mean((1, 2), dtype=torch.float64).tolist() for name, x in columns.items()}
-
-
 def statistics(data: common.Dataset) -> dict:
-    """Mean, standard deviation and maximum of the trajectories' returns, number of transitions, and versions."""
-    returns = data.returns.cpu()
+    """Mean, standard deviation and maximum of the returns, number of transitions, versions, and the mean absolute
+    observation, action and next observation of each agent."""
+    returns, columns = data.returns.cpu(), {"obs": data.obs, "action": data.action, "next_obs": data.next_obs}
     return {
         "mean": returns.mean().item(),
         "std": returns.std(correction=0).item(),
         "max": returns.max().item(),
         "transitions": data.obs.shape[1],
         "versions": list(data.versions),
+        **{name: x.abs().mean((1, 2), dtype=torch.float64).tolist() for name, x in columns.items()},
     }
