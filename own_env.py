@@ -45,7 +45,7 @@ def middle_and_half(box: Box) -> tuple[np.ndarray, np.ndarray]:
     """Middle and half the width of a Box in float64. Raises UserError where it has no finite width."""
     low, high = box.low.astype(np.float64), box.high.astype(np.float64)
     if not (np.isfinite(high - low) & (low < high)).all():
-        raise one_line(f"actions in {box}: every entry needs finite bounds, low below high; give the Box such bounds")
+        raise UserError(f"actions in {box}: every entry needs finite bounds, low below high; give the Box such bounds")
     return (low + high) / 2, (high - low) / 2
 
 
@@ -79,10 +79,6 @@ def to_unit(box: Box, action) -> np.ndarray:
 # The user's function and what it returns
 
 
-def one_line(message: str) -> UserError:
-    return UserError(" ".join(message.split()))
-
-
 @contextmanager
 def users_code(task: str, what: str, call: str = ""):
     """Within the context an exception becomes a UserError that names the file and line it comes from, or how the
@@ -95,7 +91,7 @@ def users_code(task: str, what: str, call: str = ""):
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else call and f" (it is called {call})"
         reason = f"{type(error).__name__}: {error}{place}"
-        raise one_line(f"--scenario {task}: {what} failed with {reason}; mend it") from error
+        raise UserError(f"--scenario {task}: {what} failed with {reason}; mend it") from error
 
 
 def load_function(task: str):
@@ -112,10 +108,10 @@ def load_function(task: str):
             raise
         where = f"in the current folder, {os.getcwd()}, or on Python's path"
         remedy = "start in the folder that holds it or add that folder to PYTHONPATH"
-        raise one_line(f"--scenario {task}: there is no module {missing} {where}; {remedy}") from None
+        raise UserError(f"--scenario {task}: there is no module {missing} {where}; {remedy}") from None
     if not callable(getattr(module, name, None)):
         file = getattr(module, "__file__", module_name)
-        raise one_line(f"--scenario {task}: {file} has no function {name}; write it, or give the name of one it has")
+        raise UserError(f"--scenario {task}: {file} has no function {name}; write it, or give the name of one it has")
     return getattr(module, name)
 
 
@@ -128,28 +124,30 @@ def spaces(task: str, env) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, 
     fault = f"--scenario {task}:"
     if not isinstance(env, ParallelEnv):
         remedy = "return one (pettingzoo.utils.aec_to_parallel makes one of an AECEnv)"
-        raise one_line(f"{fault} returned an object of class {type(env).__name__}, no PettingZoo ParallelEnv; {remedy}")
+        raise UserError(
+            f"{fault} returned an object of class {type(env).__name__}, no PettingZoo ParallelEnv; {remedy}"
+        )
     agents, sizes, boxes = tuple(env.possible_agents), [], {}
     for agent in agents:
         obs, action = env.observation_space(agent), env.action_space(agent)
         if not isinstance(action, Box) or len(action.shape) != 1 or action.dtype.kind != "f":
             remedy = "make them continuous (in MPE2: continuous_actions=True)"
-            raise one_line(f"{fault} actions of {agent} are {action}, not a Box of floats [A]; {remedy}")
+            raise UserError(f"{fault} actions of {agent} are {action}, not a Box of floats [A]; {remedy}")
         if not isinstance(obs, Box) or len(obs.shape) != 1:
-            raise one_line(f"{fault} observations of {agent} are {obs}, not a Box [d]; flatten them")
+            raise UserError(f"{fault} observations of {agent} are {obs}, not a Box [d]; flatten them")
         try:
             middle_and_half(action)
         except UserError as error:
-            raise one_line(f"{fault} {agent}: {error}") from None
+            raise UserError(f"{fault} {agent}: {error}") from None
         if 0 in (*obs.shape, *action.shape):
-            raise one_line(f"{fault} observations of {agent} are {obs}, actions {action}; neither can be empty")
+            raise UserError(f"{fault} observations of {agent} are {obs}, actions {action}; neither can be empty")
         sizes.append(obs.shape[0])
         boxes[agent] = action
     for what, own in (("observations", sizes), ("actions", [len(box.low) for box in boxes.values()])):
         if len(set(own)) != 1:
             listed = ", ".join(f"{agent} {size}" for agent, size in zip(agents, own, strict=True)) or "no agent"
             remedy = "agents are trained in one stack and need equal sizes; pad the smaller ones in the environment"
-            raise one_line(f"{fault} sizes of {what} differ ({listed}); {remedy}")
+            raise UserError(f"{fault} sizes of {what} differ ({listed}); {remedy}")
     return agents, tuple(sizes), boxes
 
 
@@ -165,7 +163,7 @@ def check_agents(known: list[str] | None, agents, what) -> None:
     own = list(map(str, agents))
     if known not in (None, own):
         remedy = "let possible_agents list them in that order, under these names"
-        raise one_line(f"{what} has agents {', '.join(known)}, the environment {', '.join(own)}; {remedy}")
+        raise UserError(f"{what} has agents {', '.join(known)}, the environment {', '.join(own)}; {remedy}")
 
 
 class OwnEnv:
@@ -215,18 +213,13 @@ class OwnEnv:
         self.episode_steps = self._limit = self._time_limit()
 
     def _error(self, message: str) -> UserError:
-        return one_line(f"--scenario {self.task}: {message}")
+        return UserError(f"--scenario {self.task}: {message}")
 
     def _time_limit(self) -> int:
         """Steps of an episode that the time limit ends."""
         given = getattr(self.envs[0], "episode_steps", None)
         if given is not None:
-            try:
-                given = as_int(given, "episode_steps", 1)
-            except UserError:
-                raise self._error(
-                    f"its attribute episode_steps is {given!r}; give a whole number of at least 1"
-                ) from None
+            given = as_int(given, f"--scenario {self.task}: its attribute episode_steps", 1)
         if (self.task, given) not in COUNTED:
             self._limit = given
             COUNTED[self.task, given] = self._count_steps(given)

@@ -347,7 +347,7 @@ def test_time_limit(toys, monkeypatch):
     monkeypatch.setattr(own_env, "LONGEST", 50)
     refused(OwnEnv, "toys:endless", match="none within 50 steps.*attribute episode_steps")
     refused(OwnEnv, "toys:fatal", match="ten episodes .* terminated.*attribute episode_steps")
-    refused(OwnEnv, "toys:nonsense", match="episode_steps is 0")
+    refused(OwnEnv, "toys:nonsense", match="attribute episode_steps 0: must be at least 1")
 
 
 @pytest.mark.parametrize("given, found", [(5, "went on after 5 steps"), (7, "was cut off after 6 steps")])

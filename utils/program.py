@@ -23,6 +23,9 @@ import torch
 class UserError(ValueError):
     """Something the user can mend: one line that names the file or option and says what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))  # spaces have several lines
+
 
 @cache
 def warn(text: str) -> None:
