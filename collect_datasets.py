@@ -34,7 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import count, starmap
+from itertools import count, product, starmap
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +97,6 @@ class Args(Options):
 def behaviour_env(task: str, num_envs: int, seed, prey: dict[str, Tensor] | None):
     """Environments of a task, with its frozen prey."""
     return common.make_env(task, num_envs, seed=seed, prey=prey and partial(policy_action, prey))
-
-
-def noise_of(task: str, level: str, given: float | None = None) -> float:
-    """Standard deviation of the noise on the actions of a task's medium or expert policies."""
-    return ACTION_NOISE.get((task, level), 0.1) if given is None else given
 
 
 def behaviour_actions(env, policies, generator: torch.Generator, action_noise: float):
@@ -208,10 +203,8 @@ def whole_episodes(blocks, num_transitions: int):
     for block, lengths in blocks:
         fit = lengths[lengths.cumsum(0) <= num_transitions]
         yield {name: x[:, : fit.sum()] for name, x in block.items()}, fit
-        if len(fit) < len(lengths):
-            return
         num_transitions -= fit.sum()
-        if num_transitions == 0:
+        if len(fit) < len(lengths) or num_transitions == 0:
             return
 
 
@@ -322,7 +315,8 @@ def collect(
     args = Args((task,), (dataset,), num_transitions, data_dir, seed, overwrite, pretrained_dir, action_noise)
     num_transitions, seed = args.num_transitions, args.seed  # checked and converted
     levels = () if dataset == "medium-replay" else dataset.split("-")  # a replay repeats the noise of TD3
-    noise = {level: noise_of(task, level, args.action_noise) for level in levels}
+    noise = {level: ACTION_NOISE.get((task, level), 0.1) for level in levels}
+    noise = noise if args.action_noise is None else dict.fromkeys(levels, args.action_noise)
     target = common.dataset_path(data_dir, task, dataset, seed)
     env = env_to_collect_in(task, dataset, target)
     if num_transitions < 2 * env.episode_steps:
@@ -370,22 +364,16 @@ def print_table(made: list[dict]) -> None:
 
 def main() -> None:
     args = tyro.cli(Args, description=lines(__doc__))
-    for task in args.scenario:  # everything is checked before anything is made
-        common.make_env(task)
-        for dataset in args.dataset:
-            target = common.dataset_path(args.data_dir, task, dataset, args.seed)
-            if args.overwrite or not target.exists():
-                env_to_collect_in(task, dataset, target)
-    made = []
-    for task in args.scenario:
-        for dataset in args.dataset:
-            target = common.dataset_path(args.data_dir, task, dataset, args.seed)
-            if target.exists() and not args.overwrite:
-                print(f"{target}: exists, kept (--overwrite replaces it)", file=sys.stderr)
-                continue
-            how = args.num_transitions, args.seed, args.overwrite, args.pretrained_dir, args.action_noise
-            made.append(collect(task, dataset, args.data_dir, *how))
-    print_table(made)
+    missing = []
+    for task, dataset in dict.fromkeys(product(args.scenario, args.dataset)):
+        target = common.dataset_path(args.data_dir, task, dataset, args.seed)
+        if target.exists() and not args.overwrite:
+            print(f"{target}: exists, kept (--overwrite replaces it)", file=sys.stderr)
+        else:
+            env_to_collect_in(task, dataset, target)  # everything is checked before anything is made
+            missing.append((task, dataset))
+    how = args.num_transitions, args.seed, args.overwrite, args.pretrained_dir, args.action_noise
+    print_table([collect(task, dataset, args.data_dir, *how) for task, dataset in missing])
 
 
 if __name__ == "__main__":

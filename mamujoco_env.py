@@ -197,11 +197,10 @@ class MujocoEnv:
         self.episode_steps = env.single_agent_env.get_wrapper_attr("_max_episode_steps")
         self.obs_sizes = tuple(env.observation_space(agent).shape[0] for agent in env.possible_agents)
         self.obs_size = max(self.obs_sizes)
-        self.state_size = len(env.state())
         self.ratios = np.ones((self.num_envs, 3))  # drawn gear, torso and friction
         self.seed(seed)
         self._obs = np.zeros((self.num_envs, self.num_agents, self.obs_size), np.float32)
-        self._state = np.zeros((self.num_envs, self.state_size), np.float32)
+        self._state = np.zeros((self.num_envs, len(env.state())), np.float32)
         self._terminated = np.zeros(self.num_envs, bool)
 
     def seed(self, seed) -> None:

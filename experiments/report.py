@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 import common
 from common import DATASETS
+from utils.evaluation import NAMES
 from utils.program import UserError
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -34,17 +35,9 @@ class Entry(NamedTuple):
     options: dict  # that make it this algorithm
 
 
-ALGORITHMS = {
-    "bc": Entry("BC", "dom2_{family}.py", {"eta": 0}),  # with DOM2's diffusion policy
-    "ma_bc": Entry("MA-BC", "baselines/ma_bc.py", {}),
-    "ma_td3bc": Entry("MA-TD3+BC", "baselines/ma_td3bc.py", {}),
-    "ma_diffusion_ql": Entry("MA-Diffusion-QL", "baselines/ma_diffusion_ql.py", {}),
-    "ma_cql": Entry("MA-CQL", "baselines/ma_cql.py", {}),
-    "omar": Entry("OMAR", "baselines/omar.py", {}),
-    "ma_sfbc": Entry("MA-SfBC", "baselines/ma_sfbc.py", {}),
-    "madiff": Entry("MADiff", "baselines/madiff.py", {}),
-    "dom2": Entry("DOM2", "dom2_{family}.py", {}),
-}
+ALGORITHMS = {"bc": Entry("BC", "dom2_{family}.py", {"eta": 0})}  # with DOM2's diffusion policy
+ALGORITHMS |= {key: Entry(name, f"baselines/{key}.py", {}) for key, name in NAMES.items()}
+ALGORITHMS["dom2"] = Entry("DOM2", "dom2_{family}.py", {})
 COLOURS = {algorithm.name: f"C{k}" for k, algorithm in enumerate(reversed(ALGORITHMS.values()))}
 PARTICLE, MUJOCO = ("simple_tag", "simple_world", "simple_spread"), ("HalfCheetah",)
 FRACTIONS = (0.01, 0.05, 0.2, 1.0)
@@ -556,8 +549,7 @@ def draw_steps(target: Target, rows: list[Row]) -> Figure:
     scores, times = figure.subplots(1, 2)
     points = {f"{row.scenario} {row.dataset}": [mean_scores([row], v) for v in STEP_COUNTS] for row in rows}
     draw_curves(scores, points, STEPS, "", "denoising steps N")
-    raw = [[row.here[v].raw for row in rows if v in row.here] for v in STEP_COUNTS]
-    measured = [[r["milliseconds_per_action"] for r in column if "milliseconds_per_action" in r] for column in raw]
+    measured = [[row.here[v].raw["milliseconds_per_action"] for row in rows if v in row.here] for v in STEP_COUNTS]
     points = {"_": [np.array(column) if column else None for column in measured]}  # a label that no legend shows
     draw_curves(times, points, STEPS, "", "denoising steps N")
     scores.set_ylabel("normalised score")

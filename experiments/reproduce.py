@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -104,8 +103,6 @@ class Args(Options):
 NOT_COMPARED = ("num_seeds", "eval_interval", *WHERE_AND_HOW)
 # Options of a cell's command that cannot be added to it.
 OWN_OPTIONS = ("--scenario", "--dataset", "--seed", "--num-seeds", "--updates", "--run-dir", "--resume", "--eval-only")
-# Options that were removed, with the values under which old results agree with today's algorithm.
-REMOVED = {"solver": "dpm", "q_normaliser": "abs", "eval_candidates": 1, "beta_min": 0.1}
 
 
 class Job(NamedTuple):
@@ -118,7 +115,6 @@ class Job(NamedTuple):
     result: Path
 
 
-@cache
 def load(script: str):
     """The algorithm of a script.
 
@@ -162,8 +158,7 @@ def make_job(cell: Cell, args: Args, further: tuple[str, ...] = ()) -> Job:
 def differences(results: dict, job: Job) -> dict:
     """The settings in which a raw result is not the job's, {option: its value}; options newer than the result agree."""
     made = results["settings"]
-    removed = REMOVED | ({"solver": "ddpm"} if job.cell.variant.algorithm == "ma_diffusion_ql" else {})
-    wanted = removed | {k: v for k, v in job.settings.items() if k not in NOT_COMPARED}
+    wanted = {k: v for k, v in job.settings.items() if k not in NOT_COMPARED}
     few = {"num_seeds": made["num_seeds"]} if made["num_seeds"] < job.settings["num_seeds"] else {}
     return few | {k: made[k] for k, v in wanted.items() if k in made and made[k] != v}
 

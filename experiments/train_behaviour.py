@@ -269,14 +269,14 @@ def train_to(td3: TD3, scenario: str, prey, target: float, bar: tqdm, checkpoint
             return reached
 
 
-def train_behaviour(scenario: str, seed: int, training_dir: str | Path = "training") -> dict:
+def train_behaviour(scenario: str, seed: int) -> dict:
     """Train prey, medium and expert policies from scratch: the contents of `pretrained/<scenario>.pt`.
 
-    MuJoCo takes long. Every 10,000 updates a checkpoint is written to `training_dir`, and a run that was interrupted
+    MuJoCo takes long. Every 10,000 updates a checkpoint is written to training/, and a run that was interrupted
     continues from it, bit for bit.
     """
     recipe, prey = RECIPES[scenario], None
-    path = Path(training_dir) / f"{scenario}-seed{seed}.pt"
+    path = Path("training") / f"{scenario}-seed{seed}.pt"
     with tqdm(desc=f"train {scenario}", unit="update", dynamic_ncols=True) as bar:
         if recipe.prey_updates:
             together = TD3(scenario, None, recipe.prey_updates, seed, together=True)

@@ -395,12 +395,6 @@ def test_settings_are_compared(tiny):
     assert differences(bf16=True, eta=1.0, widths=[4]) == {"bf16": True, "eta": 1.0, "widths": [4]}
     older = {"settings": {k: v for k, v in job.settings.items() if k != "reward_scale"}}
     assert reproduce.differences(older, job) == {}
-    default = dict(solver="dpm", q_normaliser="abs", eval_candidates=1, beta_min=0.1)
-    assert differences(**default) == {}  # options that were removed
-    other = dict(solver="ddpm", q_normaliser="printed", eval_candidates=8, beta_min=0.2)
-    assert differences(**other) == other
-    ddpm = job._replace(cell=job.cell._replace(variant=Variant("ma_diffusion_ql")))
-    assert differences(ddpm, solver="ddpm") == {} and differences(ddpm, solver="dpm") == {"solver": "dpm"}
 
 
 # --------------------------------------------------------------------------------------------------------------------

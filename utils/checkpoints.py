@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def new_run_dir(args, algorithm_name: str) -> Path:
     """Make and return a folder that no other run has, also when two start in the same second."""
     scenario = args.scenario.replace(":", ".")  # Windows allows no colon in a folder's name
     name = f"{algorithm_name}-{scenario}-{args.dataset}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
+    for suffix in chain([""], (f"-{i}" for i in count(2))):
         path = Path(args.run_dir) / (name + suffix)
         try:
             path.mkdir(parents=True)
@@ -31,7 +32,6 @@ def new_run_dir(args, algorithm_name: str) -> Path:
             continue
         except OSError as error:
             raise UserError(f"--run-dir {args.run_dir}: {error.strerror}; choose another folder") from None
-    raise UserError(f"--run-dir {args.run_dir}: holds too many runs of this second")
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +11,9 @@ import torch
 from tqdm import tqdm
 
 import common
-from collect_datasets import write_arrays
+from collect_datasets import Args, write_arrays
 from utils.arrays import first_difference
 from utils.data import warn_of_actions
-from utils.options import DatasetName, Name, Options, Seed
 from utils.program import UserError, disk_errors, replaced_folder
 
 CLIPPED = {"Hopper": 10, "Walker2d": 10, "Ant": 1, "ManySegmentAnt": 1}  # bound of what whole robots observe
@@ -29,16 +27,6 @@ class Episode(NamedTuple):
     terminated: bool  # whether it ended in a terminal state
     last: str  # where the last next_obs comes from: "given", "repeated", or "unknown": that transition is left out
     team_return: float  # mean over agents of the sum of rewards, that of a transition left out included
-
-
-@dataclass
-class Place(Options):
-    """Where a dataset is written: the options of import_dataset.py, whose rules hold in programs as well."""
-
-    dataset: DatasetName
-    data_dir: Name
-    seed: Seed
-    overwrite: bool
 
 
 class NewDataset:
@@ -59,7 +47,7 @@ class NewDataset:
     """
 
     def __init__(self, task: str, dataset: str, data_dir, seed: int, agents: tuple[str, ...], overwrite: bool):
-        place = Place(dataset, data_dir, seed, overwrite)
+        place = Args((task,), (dataset,), data_dir=data_dir, seed=seed, overwrite=overwrite)  # checked and converted
         env, path = common.make_env(task), common.dataset_path(place.data_dir, task, dataset, place.seed)
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists; choose another --data-dir or --seed, or pass --overwrite to replace it")

@@ -15,15 +15,15 @@ from torch import Tensor
 import common
 from utils.program import UserError, counted
 
-NAMES = {
-    "dom2": "DOM2",
+NAMES = {  # of the algorithms, in the order of the report's columns
     "ma_bc": "MA-BC",
     "ma_td3bc": "MA-TD3+BC",
+    "ma_diffusion_ql": "MA-Diffusion-QL",
     "ma_cql": "MA-CQL",
     "omar": "OMAR",
     "ma_sfbc": "MA-SfBC",
     "madiff": "MADiff",
-    "ma_diffusion_ql": "MA-Diffusion-QL",
+    "dom2": "DOM2",
 }
 
 
@@ -181,7 +181,7 @@ def closing_table(results: dict) -> str:
             f"{'-' if normalised is None else f'{normalised:.1f}':>11} {data['mean']:>10.1f} {data['max']:>9.1f} "
             f"{f'{paper[0]:.1f} ± {paper[1]:.1f}' if paper else '-':>23}"
         )
-    versions = data.get("versions", ["a version that this older run did not record"])
+    versions = data["versions"]
     lines += [
         "",
         f"data: {versions[0]}, for all seeds" if len(versions) == 1 else f"data: {', '.join(versions)}, one per seed",

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,8 +35,6 @@ def git_commit() -> str:
 def script_command(script: Path | None = None) -> str:
     """The start of a command line that runs a script from the current folder; None: this one, again."""
     script = script or Path(sys.argv[0])
-    try:
+    with suppress(ValueError):  # another drive on Windows
         script = Path(os.path.relpath(script))
-    except ValueError:  # another drive on Windows
-        pass
     return f"python {shlex.quote(script.as_posix())}"
