@@ -1,5 +1,7 @@
 """What several test files need: behaviour policies and small datasets made of them."""
 
+import signal
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import collect_datasets
 from particle_env import EPISODE_STEPS, SCENARIOS, ParticleEnv
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background jobs, the tests send it
 
 
 def random_policy(obs_size: int, generator: torch.Generator, hidden: int = 8) -> dict[str, torch.Tensor]:
