@@ -54,6 +54,7 @@ class Args(shared.DataArgs, shared.CQLArgs, shared.CQLNetworkArgs, options.Evalu
 
 # As published with OMAR, except: on HalfCheetah what the docstring names, and batch normalisation is off there, except
 # on random; random-medium and medium-expert, which were not published, have the settings of medium-replay and expert.
+# The defaults of shared.py are those published for particles. cql_alpha was published for raw rewards.
 SETTINGS = settings_table(
     particles=dict(raw_rewards=True),
     mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005, raw_rewards=True)

@@ -67,7 +67,8 @@ class Args(shared.DataArgs, TrainingArgs, shared.CQLNetworkArgs, options.Evaluat
 
 # As published with OMAR, except: on HalfCheetah what baselines/ma_cql.py names; random-medium and medium-expert, which
 # were not published, have their neighbours' settings; batch normalisation, under which the critics cannot tell offset
-# and scale of the sampler's actions, is off where that brings more return.
+# and scale of the sampler's actions, is off where that brings more return. The defaults of shared.py are those
+# published for particles. cql_alpha was published for raw rewards.
 SETTINGS = settings_table(
     particles=dict(raw_rewards=True),
     mujoco=dict(updates=6_000, batch_size=256, lr=1e-3, widths=(128, 128), gamma=0.99, rho=0.005, raw_rewards=True)
