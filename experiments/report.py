@@ -307,7 +307,8 @@ def read_rows(target: Target, results_dir: Path) -> list[Row]:
                 known = scenario in common.NORMALISATION
                 normalised = common.normalised_score(scenario, x) if known else np.full(len(x), np.nan)
                 row.here[variant] = Score(x, normalised, results, result_path(cell, results_dir).with_suffix(".npz"))
-    return [row._replace(here=comparable(row.here)) for row in rows.values()]
+    together = target is TARGETS["fig6"]  # its BC and DDPM stand for parts of DOM2
+    return [row._replace(here=comparable(row.here, together)) for row in rows.values()]
 
 
 def is_old(score: Score) -> bool:
@@ -315,10 +316,13 @@ def is_old(score: Score) -> bool:
     return score.raw["settings"]["seed"] != FIRST_SEED
 
 
-def comparable(here: dict[Variant, Score]) -> dict[Variant, Score]:
-    """Without an algorithm's old results where it has later ones, so that its variants differ in nothing else."""
-    renewed = {variant.algorithm for variant, score in here.items() if not is_old(score)}
-    return {v: score for v, score in here.items() if not (v.algorithm in renewed and is_old(score))}
+def comparable(here: dict[Variant, Score], together: bool) -> dict[Variant, Score]:
+    """Without an algorithm's old results where it has later ones, so that its variants differ in nothing else.
+
+    `together`: all algorithms count as variants of one.
+    """
+    renewed = {together or variant.algorithm for variant, score in here.items() if not is_old(score)}
+    return {v: score for v, score in here.items() if not ((together or v.algorithm) in renewed and is_old(score))}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -666,7 +670,8 @@ Everything is being made again with today's code and settings and five seeds, 10
 in Tables 3 and 4 everything except MADiff and one dataset of OMAR. The settings were chosen with the seeds 0 to 2. A
 dagger (†) in the tables marks older results. These have the seeds 0 to 2. In the particle environments they also have
 earlier code, in which the policies acted themselves and not their average, except those of MA-TD3+BC
-([more](../results/README.md#raw-results)). Where an algorithm has later results, its older variants are left out.
+([more](../results/README.md#raw-results)). Where an algorithm has later results, its older variants are left out. In
+Figure 6 everything older than DOM2's result is left out, because BC and MA-Diffusion-QL stand for parts of DOM2 there.
 """
 
 

@@ -547,6 +547,8 @@ def test_old_results_of_an_algorithm_are_not_shown_beside_its_later_ones(tmp_pat
         (plain, "random-medium", 4.0, old),
         (ablation, "random", 5.0, old),
         (ablation, "random-medium", 6.0, old),
+        (bc, "random-medium", 7.0, old),
+        (plain, "expert", 8.0, new),
     )
     for variant, dataset, x, made_with in results:
         save(tmp_path, Cell(variant, "simple_tag", dataset), {"none": [x]}, **made_with)
@@ -555,7 +557,9 @@ def test_old_results_of_an_algorithm_are_not_shown_beside_its_later_ones(tmp_pat
         text = report.markdown(report.TARGETS[name], report.read_rows(report.TARGETS[name], tmp_path))
         return set(re.findall(r"\d\.0 ± 0\.0(?:\*\*)?†?", text))
 
-    assert shown("table1") == {"1.0 ± 0.0", "2.0 ± 0.0**†", "3.0 ± 0.0†", "4.0 ± 0.0†"}
+    table1 = {"1.0 ± 0.0", "2.0 ± 0.0**†", "3.0 ± 0.0†", "4.0 ± 0.0†", "7.0 ± 0.0**†", "8.0 ± 0.0**"}
+    assert shown("table1") == table1
+    assert shown("fig6") == {"4.0 ± 0.0†", "6.0 ± 0.0†", "7.0 ± 0.0**†", "8.0 ± 0.0"}  # BC is an ablation: not 3.0
     assert shown("factorial") == {"1.0 ± 0.0", "4.0 ± 0.0†", "6.0 ± 0.0**†"}  # not 5.0
 
 
