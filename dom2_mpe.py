@@ -17,7 +17,7 @@ execution are decentralised. The paper (arXiv 2307.01472) in the order of this f
 All learners train at once. A learner is one agent of one random seed, and every parameter, batch and loss has a leading
 learner axis: a linear layer of L learners is one batched matrix product, and Algorithm 2's loop over agents disappears.
 Learners share no gradient. Sizes in shapes: L = S n learners (seed 0's agents first), S seeds, n agents, B transitions
-per minibatch, A = 2 action entries, d observation entries, K actions per observation, N denoising steps, E worlds.
+per minibatch, A action entries, d observation entries, K actions per observation, N denoising steps, E worlds.
 """
 
 from __future__ import annotations

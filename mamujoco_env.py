@@ -30,7 +30,7 @@ from torch import Tensor
 
 from utils.arrays import as_int, as_tensor
 
-# Robots, and the partition where none is given: "2x3" is two agents of three joints each.
+# Robots, and the partition where none is given: "2x3" is two agents of three joints each (of ManySegmentAnt: segments).
 SCENARIOS = {
     "HalfCheetah": "2x3",
     "Ant": "2x4",

@@ -3,7 +3,7 @@
     python play.py simple_tag-medium-replay                             # in a window
     python play.py runs/NAME --seed-index 2 --shift speed --output chase.gif
 
-A second shows ten steps, of a robot twenty.
+A second shows ten steps, or twenty where an episode has 100 steps or more.
 """
 
 from dataclasses import dataclass

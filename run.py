@@ -152,8 +152,8 @@ class Run:
         return common.make_env(self.task, num_envs, shift, self.device, seed, prey, render_mode)
 
     def evaluation_env(self, shift: str):
-        """--eval-episodes worlds for each seed's team. Their first states depend on --seed and the shift alone, so
-        every algorithm meets the same ones."""
+        """--eval-episodes worlds for each seed's team. Their first states depend on --seed, --num-seeds,
+        --eval-episodes and the shift alone, so every algorithm meets the same ones."""
         return self.make_env(self.args.num_seeds * self.args.eval_episodes, shift, self.args.seed + 10_000)
 
     def act(self, obs: Tensor, generator: torch.Generator) -> Tensor:

@@ -43,7 +43,7 @@ class Args(shared.DataArgs, TrainingArgs, shared.NetworkArgs, options.Evaluation
     """All options of behaviour cloning."""
 
 
-# No settings of behaviour cloning are published for these datasets; networks and batches are those of OMAR.
+# No settings of behaviour cloning are published for these datasets; networks and batches are those of omar.py.
 SETTINGS = settings_table(
     particles=dict(updates=4_000),
     mujoco=dict(updates=6_000, batch_size=256, widths=(128, 128)),

@@ -13,9 +13,10 @@ What differs from the original:
   action, for the scale. Its diffusion loss is the mean over action entries, where Eq. 3 has the sum.
 - Updates, networks (SiLU, not Mish) and learning rates, which do not fall as the original's do; the moving average
   begins at once and moves in every update.
-- One sample acts. The original draws one of 50 with probability softmax(Q); `--eval-candidates 50` takes their best.
-`--prediction action --augment` gives DOM2 with DDPM in place of DPM-Solver where DOM2 has zeta = 0; elsewhere add its
---zeta.
+- One sample acts, on MuJoCo tasks the chain without noise. The original draws one of 50 with probability softmax(Q);
+  `--eval-candidates 50` takes their best (on MuJoCo tasks with `--temperature 1`).
+`--prediction action --augment` gives DOM2 with DDPM in place of DPM-Solver where DOM2 has zeta = 0, with tau_0 left out
+of the diffusion loss; elsewhere add its --zeta.
 """
 
 from __future__ import annotations

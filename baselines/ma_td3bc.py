@@ -49,8 +49,8 @@ class Args(shared.DataArgs, TrainingArgs, shared.ActorCriticArgs, options.Evalua
     """All options of MA-TD3+BC."""
 
 
-# alpha, noise, delay: TD3+BC's. Networks, rates and batches: OMAR's, whose authors ran it with them. Rewards, updates
-# and gamma on particles: found by experiment (docs/baselines.md).
+# alpha, noise, delay: TD3+BC's. Networks, rates and batches: OMAR's, whose authors ran it with them (on MuJoCo tasks
+# those of omar.py here). Rewards, updates and gamma on particles: found by experiment (docs/baselines.md).
 FEW, LOW_GAMMA = dict(updates=1_000), dict(updates=4_000, gamma=0.8)
 SETTINGS = settings_table(
     particles={},

@@ -1,4 +1,4 @@
-"""How a script starts and ends, and how it reads and writes files: clear errors, nothing half-written, no pickles."""
+"""How a script starts and ends, and how it reads and writes files: clear errors, whole files, no code from files."""
 
 from __future__ import annotations
 
