@@ -12,9 +12,9 @@
 
 What differs from the original:
 - It trains the behaviour to the end, samples 16 actions once for every state of the data, and recomputes all R with the
-  present Q every 100 epochs. Here both learn together, the critic from windows of consecutive steps (particle
-  environments: whole episodes) whose R is computed anew in every update, from a slowly moving copy of Q and fresh
-  actions.
+  present Q every 100 epochs (its code: once). Here both learn together, the critic from windows of consecutive steps
+  (particle environments: whole episodes) whose R is computed anew in every update, from a slowly moving copy of Q and
+  fresh actions.
 - The end of an episode is a time limit: R continues with V there, where the original stops with 0.
 - It standardises returns at every recomputation, so that alpha has a scale; here rewards are standardised and scaled.
 - Sampling planning's candidates takes most of an update's time, so the critic learns from 4 windows at a time.
@@ -123,7 +123,8 @@ class Args(shared.DataArgs, TrainingArgs, NetworkArgs, EvaluationArgs, options.R
             raise UserError(f"--eval-average {self.eval_average}: at most --eval-candidates {self.eval_candidates}")
 
 
-# reward_scale gives returns a spread of about 1, as alpha expects.
+# alpha expects discounted returns with a standard deviation of about 1. With reward_scale it is 0.8 to 2.2 in the
+# particle environments, and 1.2 (random) to 3.6 (random-medium) on HalfCheetah.
 SETTINGS = settings_table(
     particles=dict(updates=4_000, reward_scale=0.2, batch_size=256, eval_interval=2_000),
     mujoco=dict(updates=6_000, gamma=0.99, reward_scale=0.05, batch_size=256, eval_candidates=32, eval_average=4),
@@ -220,7 +221,10 @@ def make_optimizers(args: Args, learners: nn.ModuleDict) -> dict[str, torch.opti
 
 
 def sample_windows(data, args: Args) -> Windows:
-    """Windows for all learners, which hold every step of an episode as often. A short episode has one window only."""
+    """Windows for all learners, which hold every step of an episode as often.
+
+    An episode shorter than a window has one only, so its steps are drawn less often.
+    """
     (n, _, A), device = data.action.shape, data.obs.device
     L, M, H = args.num_seeds * n, args.plan_windows, args.window
     episode = torch.searchsorted(data.starts, draw(data.index, L, M, 1), right=True) - 1

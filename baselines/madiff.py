@@ -10,8 +10,11 @@
     python baselines/madiff.py --help
 
 Training is centralised: through the attention the agents of a seed learn together. What differs from the original:
-- Windows of 8 observations instead of 24 (`--horizon 24`); 3 blocks of convolution and attention, 64 wide, instead of a
-  U-Net of 128, 512 and 1,024; 10,000 updates (HalfCheetah: 20,000) instead of a million.
+- Windows of 8 observations instead of 24 (HalfCheetah: 18 past ones and 10 ahead), 32 per update instead of 64. The
+  inverse dynamics learn from the first two observations of a window, not from all pairs.
+- 3 blocks of convolution and attention, 64 wide, for every agent its own, instead of a U-Net of 128, 512 and 1,024,
+  which on HalfCheetah all agents share. A block sees 2 steps to either side: `--horizon 24` wants `--num-blocks 12`.
+- 10,000 updates (HalfCheetah: 20,000) instead of a million (500,000).
 - The network predicts the clean trajectory, not the noise. It is told which observations are known. Nothing clips it.
 - 3 DPM-Solver steps instead of 200 of DDPM; a learning rate of 1e-3 instead of 2e-4; the inverse dynamics end in tanh.
 - Return is the mean reward of the window, as its rank in the minibatch, in [0, 1]. The original takes the discounted
