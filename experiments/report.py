@@ -666,12 +666,12 @@ OVERVIEW = """# What did the experiments show?
 dataset in one environment. Each heading has its figure and a link to its table, which shows every mean and spread next
 to the paper's.
 
-Everything is being made again with today's code and settings and five seeds, 10 to 14. In Tables 1 and 2 DOM2,
-MA-TD3+BC and MA-BC are done, in Tables 3 and 4 everything. The settings were chosen with the seeds 0 to 2. A dagger
-(†) in the tables marks older results. These have the seeds 0 to 2 and earlier code, in which the policies acted
-themselves and not their average ([more](../results/README.md#raw-results)). Where an algorithm has later results, its
-older variants are left out. In Figure 6 everything older than DOM2's result is left out, because BC and
-MA-Diffusion-QL stand for parts of DOM2 there.
+Everything is being made again with today's code and settings: algorithms with the seeds 10 to 14, their variants in
+the studies with 10 to 12. In Tables 1 and 2 DOM2, BC, MA-BC and MA-TD3+BC are done, in Tables 3 and 4 all. A dagger
+(†) in the tables marks older results. These have the seeds 0 to 2, with which the settings were chosen, and earlier
+code, in which the policies acted themselves and not their average ([more](../results/README.md#raw-results)). Variants
+of an algorithm that are older than its main result are left out. Figure 6 leaves out everything older than DOM2's
+result.
 """
 
 
