@@ -143,6 +143,10 @@ class Run:
             raise UserError(f"{self.path}: has made no update yet; train it with --resume {self.path}")
         if args.resume and args.updates < done:
             raise UserError(f"--updates {args.updates}: {self.path} has made {done} already")
+        results = self.path / "results.json"  # of fewer updates if the last evaluation was interrupted
+        if args.resume and args.updates == done and results.exists():
+            if json.loads(results.read_text())["updates"] == done:
+                raise UserError(f"{self.path} is finished; a larger --updates goes on, --eval-only evaluates it again")
         if args.eval_only:
             self.args = replace(args, updates=done)
 
@@ -189,8 +193,6 @@ class Run:
         of = f"{counted(args.num_seeds, 'seed')} x {counted(len(data.obs), 'agent')}"
         team = counted(args.num_seeds * len(data.obs), "learner")
         print(f"{args.scenario}/{args.dataset}: {team} ({of}), {self.path}")
-        if self.first_update == args.updates:
-            print(f"{self.path}: all its {counted(args.updates, 'update')} are made; a larger --updates goes on")
         if args.track:
             import wandb
 

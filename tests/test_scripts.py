@@ -518,11 +518,18 @@ def test_options_given_with_resume_are_honoured(copied, script):
 
 
 def test_a_finished_run_says_how_to_go_on(copied, script):
-    code, out, err = script(DOM2, "--resume", str(copied), "--eval-episodes", "2")
+    before = (copied / "results.json").read_bytes()
+    code, _, err = script(DOM2, "--resume", str(copied), "--eval-episodes", "2")
+    assert code == 2 and f"{copied} is finished; a larger --updates goes on, --eval-only evaluates it again" in err
+    assert (copied / "results.json").read_bytes() == before
+    code, _, err = script(DOM2, "--resume", str(copied), "--updates", "7")
     assert code == 0, err
-    assert f"{copied}: all its 6 updates are made; a larger --updates goes on" in out.splitlines()
-    code, out, err = script(DOM2, "--resume", str(copied), "--updates", "7")
-    assert code == 0 and "are made" not in out, err
+    # as if the last evaluation had been interrupted: then the file has the results of fewer updates, or is missing
+    (copied / "results.json").write_bytes(before)
+    for _ in range(2):
+        code, _, err = script(DOM2, "--resume", str(copied))
+        assert code == 0 and json.loads((copied / "results.json").read_text())["updates"] == 7, err
+        (copied / "results.json").unlink()
 
 
 def test_a_lower_learning_rate_changes_what_is_learned(whole, tmp_path):
@@ -594,6 +601,7 @@ def test_a_run_that_was_compiled_goes_on_where_that_is_impossible(whole, tmp_pat
 @pytest.mark.parametrize("option", ["resume", "eval_only"])
 def test_a_run_knows_where_its_data_are(option, whole, tmp_path, data_dir, monkeypatch):
     run = shutil.copytree(whole[0], tmp_path / "run")
+    (run / "results.json").unlink()  # as if the last evaluation had been interrupted
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(collect_datasets, "collect", lambda *args, **kwargs: pytest.fail("made other data"))
     results = train(resumed(run, option))
