@@ -179,6 +179,16 @@ def test_the_published_scores_stand_beside_those_of_the_raw_results():
             assert score == f"{common.normalised_score(scenario, np.mean(returns)):.1f}", (scenario, label, dataset)
 
 
+def test_the_returns_beside_those_of_omars_code_are_those_of_the_raw_results():
+    algorithms = {algorithm.name: name for name, algorithm in report.ALGORITHMS.items()}
+    text = (ROOT / "docs/baselines.md").read_text().split("## Published scores")[1].split("\n## ")[0]
+    rows = re.findall(r"\| ([\w+-]+) \| `(\w+)` ([\w-]+) \| \d+ \| (.*) \|", text)
+    assert len(rows) == 4
+    for label, scenario, dataset, ours in rows:
+        returns = FILES[RESULTS / f"main/{algorithms[label]}/{scenario}-{dataset}.json"]["returns"]["none"]
+        assert ours == f"{np.mean(returns):.1f} ± {np.std(returns):.1f}", (label, scenario, dataset)
+
+
 def test_paths_among_six_landmarks_lie_beside_their_raw_results():
     for path, results in FILES.items():
         if results["scenario"] == "landmarks6":
