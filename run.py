@@ -111,12 +111,12 @@ class Run:
         self.task = common.task_name(args)
         if args.resume and args.eval_only:
             raise UserError(f"--eval-only {args.eval_only}: cannot be combined with --resume; give one of them")
+        if args.track and not args.eval_only and importlib.util.find_spec("wandb") is None:
+            raise UserError("--track: wandb is not installed; run `pip install wandb`")
         if args.resume or args.eval_only:
             self.path = Path(args.resume or args.eval_only)  # a policy file gets a run folder in `training`
             stored, self.checkpoint = load_checkpoint(self.path, algorithm)
             self._compare(stored)
-        if args.track and not args.eval_only and importlib.util.find_spec("wandb") is None:
-            raise UserError("--track: wandb is not installed; run `pip install wandb`")
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         self.first_update = self.update = self.checkpoint["updates"] if self.checkpoint else 0
         self.returns, self.stats = {}, self.checkpoint["data"] if self.checkpoint else None
@@ -145,7 +145,7 @@ class Run:
             raise UserError(f"--updates {args.updates}: {self.path} has made {done} already")
         results = self.path / "results.json"  # of fewer updates if the last evaluation was interrupted
         if args.resume and args.updates == done and results.exists():
-            if json.loads(results.read_text())["updates"] == done:
+            if json.loads(results.read_text("utf-8"))["updates"] == done:
                 raise UserError(f"{self.path} is finished; a larger --updates goes on, --eval-only evaluates it again")
         if args.eval_only:
             self.args = replace(args, updates=done)
