@@ -664,7 +664,8 @@ OVERVIEW = """# What did the experiments show?
 `python experiments/reproduce.py report` writes this page, the tables and the figures from the raw results in
 [`results/`](../results/README.md). Returns are means over seeds of the last parameters. A cell is one algorithm on one
 dataset in one environment. Each heading has its figure and a link to its table, which shows every mean and spread next
-to the paper's.
+to the paper's. *Within the spread* means that two means differ by less than the larger of their standard deviations
+over seeds.
 
 Everything is being made again with today's code and settings: algorithms with the seeds 10 to 14, their variants in
 the studies with 10 to 12. In Tables 1 and 2 DOM2, BC, MA-BC and MA-TD3+BC are done, in Tables 3 and 4 all. A dagger
