@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count, product, starmap
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ from own_env import is_own
 from particle_env import SCENARIOS, ParticleEnv
 from utils.arrays import file_checksum
 from utils.frozen import load_behaviour, policy_action, policy_checksum
-from utils.options import DatasetName, Name, OptionalWeight, Options, Seed, lines
+from utils.options import AT_LEAST_ONE, DatasetName, Name, OptionalWeight, Options, Seed, lines
 from utils.program import UserError, program, replaced_folder, usable_cores
 
 # Standard deviation of the noise on the actions of the medium and expert policies (docs/halfcheetah-data.md)
@@ -70,10 +71,10 @@ PUBLISHED = {
 
 @dataclass
 class Args(Options):
-    scenario: tuple[str, ...] = ("simple_spread", "simple_tag", "simple_world")
+    scenario: Annotated[tuple[str, ...], AT_LEAST_ONE] = ("simple_spread", "simple_tag", "simple_world")
     """which scenarios: those three, landmarks6, HalfCheetah or, with random data alone, another MuJoCo task, also with
     another partition or sight, such as HalfCheetah-6x1-obsk1 or Hopper-3x1-obsk2-qpos-qvel"""
-    dataset: tuple[DatasetName, ...] = DATASETS
+    dataset: Annotated[tuple[DatasetName, ...], AT_LEAST_ONE] = DATASETS
     """which datasets of each"""
     num_transitions: int = 1_000_000
     """transitions of each dataset; of medium-replay at most this many, as its buffer holds fewer"""
@@ -199,7 +200,7 @@ def parallel_rollouts(task: str, policies, action_noise: float, seed: tuple[int,
 
 
 def whole_episodes(blocks, num_transitions: int):
-    """Cut blocks off before the first episode with which there were more than `num_transitions`."""
+    """Yield whole episodes until the next one would exceed `num_transitions`."""
     for block, lengths in blocks:
         fit = lengths[lengths.cumsum(0) <= num_transitions]
         yield {name: x[:, : fit.sum()] for name, x in block.items()}, fit
@@ -224,17 +225,17 @@ def make_blocks(task: str, dataset: str, behaviour: dict, num_transitions: int, 
         yield thinned_replay(task, behaviour, num_transitions)
         return
     sources, particles = dataset.split("-"), task in SCENARIOS  # the two halves of a mixture
+    steps = common.make_env(task).episode_steps
+    episodes = num_transitions // steps
     if particles:
-        episodes = num_transitions // common.make_env(task).episode_steps
         env = behaviour_env(task, min(1_000, episodes), seed, behaviour["prey"])
         generator = torch.Generator().manual_seed(seed)
     for i, source in enumerate(sources):
+        share = (episodes + i) // len(sources) * steps
         if particles:
-            share = (episodes + i) // len(sources) * env.episode_steps
             act = behaviour_actions(env, behaviour.get(source), generator, noise[source])
             blocks = (rollout(env, act) for _ in count())
         else:
-            share = num_transitions // len(sources)
             seeds = (seed, DATASETS.index(source))
             blocks = parallel_rollouts(task, behaviour.get(source), noise[source], seeds, share)
         yield from whole_episodes(blocks, share)
@@ -297,6 +298,23 @@ def env_to_collect_in(task: str, dataset: str, target: Path):
     return env
 
 
+def ingredients(task: str, dataset: str, args: Args):
+    """The environment, the behaviour policies and the folder of a dataset; raises as `collect` does."""
+    target = common.dataset_path(args.data_dir, task, dataset, args.seed)
+    env, path = env_to_collect_in(task, dataset, target), Path(args.pretrained_dir) / f"{task}.pt"
+    if args.num_transitions < 2 * env.episode_steps:
+        least = f"{2 * env.episode_steps}, two episodes"
+        raise UserError(f"--num-transitions {args.num_transitions}: {task} needs at least {least}")
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target}: exists; pass --overwrite to replace it")
+    behaviour = {"prey": None}
+    if task in SCENARIOS or dataset != "random":  # random actions of a robot need no policies
+        behaviour = load_behaviour(path, env, prey_obs_size(task))
+    if dataset == "medium-replay" and behaviour["replay"] is None:
+        raise UserError(f"{path}: records no TD3 run to replay; choose another --dataset")
+    return env, behaviour, target
+
+
 def collect(
     task: str,
     dataset: str,
@@ -313,25 +331,13 @@ def collect(
         UserError: it exists and `overwrite` is off, behaviour policies are missing, or the disk refuses.
     """
     args = Args((task,), (dataset,), num_transitions, data_dir, seed, overwrite, pretrained_dir, action_noise)
-    num_transitions, seed = args.num_transitions, args.seed  # checked and converted
+    env, behaviour, target = ingredients(task, dataset, args)
+    num_transitions, seed = args.num_transitions // env.episode_steps * env.episode_steps, args.seed
     levels = () if dataset == "medium-replay" else dataset.split("-")  # a replay repeats the noise of TD3
     noise = {level: ACTION_NOISE.get((task, level), 0.1) for level in levels}
     noise = noise if args.action_noise is None else dict.fromkeys(levels, args.action_noise)
-    target = common.dataset_path(data_dir, task, dataset, seed)
-    env = env_to_collect_in(task, dataset, target)
-    if num_transitions < 2 * env.episode_steps:
-        raise UserError(f"--num-transitions {num_transitions}: must be at least {2 * env.episode_steps}, two episodes")
-    num_transitions = num_transitions // env.episode_steps * env.episode_steps
-    if target.exists() and not overwrite:
-        raise UserError(f"{target}: exists; pass --overwrite to replace it")
-    behaviour = {"prey": None}
-    if task in SCENARIOS or dataset != "random":  # random actions of a robot need no policies
-        behaviour = load_behaviour(Path(pretrained_dir) / f"{task}.pt", env, prey_obs_size(task))
-    if dataset == "medium-replay":
-        if behaviour["replay"] is None:
-            raise UserError(f"{pretrained_dir}/{task}.pt: records no TD3 run to replay; choose another --dataset")
-        if seed:
-            print(f"{target}: one TD3 run is recorded, so all versions of medium-replay are the same", file=sys.stderr)
+    if dataset == "medium-replay" and seed:
+        print(f"{target}: one TD3 run is recorded, so all versions of medium-replay are the same", file=sys.stderr)
     with replaced_folder(target, overwrite) as folder:
         with tqdm(desc=f"{task}/{dataset}", total=num_transitions, unit="step", unit_scale=True) as bar:
             blocks = make_blocks(task, dataset, behaviour, num_transitions, seed, noise)
@@ -370,7 +376,7 @@ def main() -> None:
         if target.exists() and not args.overwrite:
             print(f"{target}: exists, kept (--overwrite replaces it)", file=sys.stderr)
         else:
-            env_to_collect_in(task, dataset, target)  # everything is checked before anything is made
+            ingredients(task, dataset, args)  # everything is checked before anything is made
             missing.append((task, dataset))
     how = args.num_transitions, args.seed, args.overwrite, args.pretrained_dir, args.action_noise
     print_table([collect(task, dataset, args.data_dir, *how) for task, dataset in missing])

@@ -59,7 +59,7 @@ class DataArgs(options.DataArgs):
     agent_obsk: Natural = 0
     """an agent sees its own joints, and the angles of other joints up to this many joints away from its own"""
     global_categories: tuple[Literal["qpos", "qvel"], ...] = ()
-    """an agent also sees positions (qpos), velocities (qvel) or both of what no agent's joints have, as of the torso"""
+    """an agent also sees positions (qpos), velocities (qvel) or both of what no agent controls, such as the torso"""
 
 
 @dataclass

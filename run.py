@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -143,9 +143,11 @@ class Run:
             raise UserError(f"{self.path}: has made no update yet; train it with --resume {self.path}")
         if args.resume and args.updates < done:
             raise UserError(f"--updates {args.updates}: {self.path} has made {done} already")
-        results = self.path / "results.json"  # of fewer updates if the last evaluation was interrupted
-        if args.resume and args.updates == done and results.exists():
-            if json.loads(results.read_text("utf-8"))["updates"] == done:
+        if args.resume and args.updates == done:
+            finished = None  # missing or damaged: the last evaluation is made again
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                finished = json.loads((self.path / "results.json").read_text("utf-8"))["updates"]
+            if finished == done:
                 raise UserError(f"{self.path} is finished; a larger --updates goes on, --eval-only evaluates it again")
         if args.eval_only:
             self.args = replace(args, updates=done)
@@ -262,7 +264,7 @@ class Run:
             return
         score, S = returns.mean().item(), self.args.num_seeds
         spread = evaluation.action_std(self.act, self.data, S, self.env.action_mask)
-        normalised = common.normalised_score(self.args.scenario, score)
+        normalised = common.normalised_score(self.task, score)
         self.writer.add_scalar("charts/episodic_return", score, self.update)
         self.writer.add_scalar("charts/action_std", spread, self.update)
         if normalised is not None:
@@ -320,7 +322,7 @@ class Run:
         }
         if args.scenario == "landmarks6":
             results["assignments"] = {shift: evaluation.assignments(self, shift) for shift in self.returns}
-        print(evaluation.closing_table(results))
+        print(evaluation.closing_table(results, self.task))
         name = "evaluation.json" if args.eval_only else "results.json"
         goes_on = "evaluate again" if args.eval_only else f"{self.continuation()} goes on"
         with disk_errors(self.path, f"free some space; {goes_on}"):

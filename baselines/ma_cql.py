@@ -19,7 +19,8 @@ standardising them, as is done here. For actions it matters (BatchNormCritic): a
 of a call leaves Q as it is. Policies gain nothing from running to the border of the action box, where Q is least known,
 but nothing teaches them offset and scale either. `--no-batch-norm` turns it off. On HalfCheetah
 SETTINGS turn it off on all datasets except random.
-One difference: that code subtracts the density of the noisy policy actions, CQL and this file the log-density.
+Two more differences: that code subtracts the density of the noisy policy actions, CQL and this file the log-density;
+and there the policy itself acts, here its moving average, the target policy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MA-Diffusion-QL: Diffusion-QL (Wang et al. 2023) for every agent by itself, the algorithm that DOM2 starts from.
 
     ddpm           ancestral sampling: fresh noise in every denoising step
-    sample_batch   the diffusion loss is at the times at which ddpm calls the network, without tau_0, which DOM2 has too
+    sample_batch   the diffusion loss is at the times at which ddpm calls the network; DOM2's is at tau_0 as well
     update         DOM2's, with a network that predicts the noise, without conservative term and without augmentation
 
     python baselines/ma_diffusion_ql.py --scenario simple_tag --dataset random

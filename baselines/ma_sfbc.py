@@ -15,6 +15,8 @@ What differs from the original:
   present Q every 100 epochs (its code: once). Here both learn together, the critic from windows of consecutive steps
   (particle environments: whole episodes) whose R is computed anew in every update, from a slowly moving copy of Q and
   fresh actions.
+- The moving average of the behaviour acts, and every denoising step clips the clean action to [-1, 1].
+- The original makes a new critic at every recomputation; here it learns on.
 - The end of an episode is a time limit: R continues with V there, where the original stops with 0.
 - It standardises returns at every recomputation, so that alpha has a scale; here rewards are standardised and scaled.
 - Sampling planning's candidates takes most of an update's time, so the critic learns from 4 windows at a time.
@@ -108,7 +110,7 @@ class EvaluationArgs(options.EvaluationArgs):
     eval_candidates: options.Count = 8
     """behaviour actions per decision of the acting policy"""
     eval_average: options.Count = 1
-    """how many of them are chosen and averaged; published: 1, on robots 4"""
+    """how many of them are chosen and averaged; published: 1; 4 on MuJoCo tasks"""
     temperature: options.Weight = 1.0
     """standard deviation of the noise from which they start; 0: all of them are the same"""
 

@@ -1,13 +1,17 @@
 """MA-TD3+BC: TD3+BC (Fujimoto and Gu 2021) for every agent by itself.
 
     critic_loss    TD3's target: min of the twin target critics at the target policy's action plus clipped noise
-    policy_loss    -lambda Q1(o, pi(o)) + (pi(o) - a)^2,  lambda = alpha / E|Q1(o, pi(o))|      (Eqs. 3 and 5)
+    policy_loss    -lambda Q1(o, pi(o)) + (pi(o) - a)^2,  lambda = alpha / E|Q1(o, pi(o))|
 
     python baselines/ma_td3bc.py --scenario simple_spread --dataset expert
     python baselines/ma_td3bc.py --help
 
 One update is `policy_delay` steps of the critics and then one of the policy and the targets, TD3's delayed policy
-update; TD3+BC's own count of updates is that of the critics. Observations are standardised, as in the paper.
+update; TD3+BC's own count of updates is that of the critics. lambda is that of the authors' code; the paper's Eq. 5 has
+the data's actions. What differs from the original:
+- Observations are standardised by moments over the minibatches seen, not by the dataset's.
+- Gradients are clipped, the policy's last layer begins near 0 (both as in OMAR), and the target policy acts.
+- In the particle environments rewards are standardised.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class NetworkArgs(options.Options):
     """widths of the inverse dynamics' hidden layers"""
     diffusion_steps: options.Count = 3
     """denoising steps"""
-    beta_max: options.Weight = 20.0
+    beta_max: options.NoiseScale = 20.0
     """noise schedule: beta at diffusion time 1; at time 0 it is 0.1"""
 
 

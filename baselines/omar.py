@@ -5,10 +5,12 @@ actions from a Gaussian that it refits to those of high Q, and draws the policy 
 
     zeroth_order   the sampler, the inner loop of the paper's Algorithm 1
     policy_loss    -(1 - omar_coe) Q1(o, pi(o)) + omar_coe (pi(o) - a_best)^2 + 0.001 pi(o)^2
-    critics        those of MA-CQL: cql_loss in baselines/shared.py, with what baselines/ma_cql.py says
+    critics        those of MA-CQL: cql_loss in baselines/shared.py
 
     python baselines/omar.py --scenario simple_spread --dataset expert
     python baselines/omar.py --help
+
+What baselines/ma_cql.py says of settings, batch normalisation and differences holds here too.
 """
 
 from __future__ import annotations
@@ -127,8 +129,8 @@ def zeroth_order(q_fn, noise: Tensor, sigma: float, num_elites: int = 0) -> tupl
     """Maximise Q over actions by sampling from a Gaussian N(mu, sigma^2), refitted in every iteration.
 
     mu becomes the mean of the samples weighted by softmax(Q), sigma their root mean square distance from it. With
-    `num_elites` above 0 instead mean and standard deviation of the best samples, which stay among the next ones with
-    their Q: the cross-entropy method, as published for HalfCheetah.
+    `num_elites` above 0, mu and sigma are the mean and standard deviation of the best samples, and these samples and
+    their Q also compete in the next iteration: the cross-entropy method, as published for HalfCheetah.
 
     Args:
         q_fn: actions [L, B, K, A] -> Q [L, B, K].

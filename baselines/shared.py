@@ -52,7 +52,7 @@ class DataArgs(options.DataArgs):
     agent_obsk: Natural = 0
     """an agent of a MuJoCo task sees its own joints, and the angles of those at most so many joints away"""
     global_categories: tuple[Literal["qpos", "qvel"], ...] = ()
-    """it also sees positions (qpos), velocities (qvel) or both of what no agent's joints have, as of the torso"""
+    """it also sees positions (qpos), velocities (qvel) or both of what no agent controls, such as the torso"""
 
 
 @dataclass

@@ -10,6 +10,7 @@ A policy file can be exported again with fewer seeds. pretrained/policies/README
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -96,7 +97,7 @@ def table(folder: Path) -> str:
         seeds = ", ".join(str(first + i) for i in range(results["num_seeds"]))
         mean = {shift: sum(x) / len(x) for shift, x in results["returns"].items()}
         standard, data = mean.pop("none"), results["data"]["mean"]
-        score = common.normalised_score(results["scenario"], standard)
+        score = common.normalised_score(common.task_name(Namespace(**policy["args"])), standard)
         shifted = ", ".join(f"{shift} {x:.1f}" for shift, x in mean.items())
         lines.append([f"`{file.stem}`", seeds, f"{standard:.1f}"])
         lines[-1] += ["-" if score is None else f"{score:.1f}", shifted or "-", f"{data:.1f}"]

@@ -1126,6 +1126,7 @@ BAD = [
     ("madiff", "return_dropout", 1.5),
     ("madiff", "guidance", -1.0),
     ("madiff", "beta_max", math.inf),
+    ("madiff", "beta_max", 1000.0),
     ("ma_diffusion_ql", "eval_candidates", 0),
     ("ma_diffusion_ql", "prediction", "score"),
 ]

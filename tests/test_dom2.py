@@ -968,6 +968,14 @@ def test_assignments_are_counted_from_one_start(shift):
     assert found["entropy"] == pytest.approx([-sum(p * math.log2(p) for p in shares), 0.0], abs=1e-5)
 
 
+def test_assignments_are_those_of_the_shift():
+    run = Run(options("landmarks6"), DOM2)
+    run.act = lambda obs, generator: torch.ones(*obs.shape[:2], 2)
+    standard, slower = (np.array(assignments(run, shift, 1, 10)["paths"]) for shift in ("none", "speed"))
+    assert (standard[:, 0] == slower[:, 0]).all()  # the same start
+    assert (np.abs(slower - slower[:, :1]).sum((1, 3)) < np.abs(standard - standard[:, :1]).sum((1, 3))).all()
+
+
 # ---- it learns ----
 
 

@@ -312,6 +312,15 @@ def robots_data(tmp_path_factory):
     return folder
 
 
+def test_a_mixture_of_an_odd_number_of_episodes_has_them_all(tmp_path):
+    made = collect_datasets.collect("HalfCheetah", "random-medium", tmp_path, 3000)
+    assert (made["transitions"], made["episodes"]) == (3000, 3)
+    returns = common.load_dataset(
+        common.dataset_path(tmp_path, "HalfCheetah", "random-medium"), MujocoEnv("HalfCheetah", 1)
+    ).returns
+    assert returns[0] < 0 < returns[1:].min()  # one of random, two of medium
+
+
 def load(folder, scenario):
     return common.load_dataset(common.dataset_path(folder, scenario, "random"), MujocoEnv(scenario, 1))
 

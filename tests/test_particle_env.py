@@ -245,6 +245,11 @@ def test_same_seed_same_episodes(scenario):
     first = episodes(seed=3, unrelated=0)
     assert torch.equal(first, episodes(seed=3, unrelated=1))
     assert not torch.isclose(first[:, :-4], episodes(seed=4, unrelated=0)[:, :-4]).all(1).any()
+    elsewhere = ParticleEnv(scenario, 5, shift="speed", device="meta", seed=3)  # a device that cannot draw
+    elsewhere.reset()
+    drawn = ParticleEnv(scenario, 5, shift="speed", seed=3)
+    drawn.reset()
+    assert torch.equal(elsewhere.generator.get_state(), drawn.generator.get_state())  # every device, the same worlds
 
 
 @every_scenario

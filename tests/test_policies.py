@@ -508,4 +508,4 @@ def test_the_camera_follows_a_robot():
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
 def test_a_committed_policy_has_all_that_the_closing_table_shows(file):
     results = read_policy(file)["results"]
-    assert f"data: {results['data']['versions'][0]}" in evaluation.closing_table(results)
+    assert f"data: {results['data']['versions'][0]}" in evaluation.closing_table(results, results["scenario"])

@@ -664,6 +664,8 @@ def contradictory(given, defaults):
         return True
     if given["thresholds"] and "quantiles" in named:
         return True
+    if given.get("eta") == 0 and {"zeta", "gamma", "critic_lr", "critic_widths"} & named:
+        return True
     return given.get("eta") == 0 and given.get("bc_weight") == 0
 
 

@@ -253,13 +253,17 @@ def test_policies_take_observations_of_any_type_and_can_be_pickled(finished):
 def test_the_table_of_one_seed_shows_no_spread(finished):
     results = json.loads((finished[0] / "results.json").read_text())
     results |= {"num_seeds": 1, "returns": {"none": [12.34], "speed": [5.0]}}
-    out = closing_table(results)
+    out = closing_table(results, "simple_tag")
     assert "mean return of 4 episodes of one seed\n" in out
-    assert "mean return of 1 episode of one seed\n" in closing_table(results | {"eval_episodes": 1})
+    assert "mean return of 1 episode of one seed\n" in closing_table(results | {"eval_episodes": 1}, "simple_tag")
     assert "BC on simple_tag" not in out and "DOM2 on simple_tag" in out and "paper (DOM2)" in out
-    out_of_bc = closing_table(results | {"settings": results["settings"] | {"eta": 0.0}})
+    out_of_bc = closing_table(results | {"settings": results["settings"] | {"eta": 0.0}}, "simple_tag")
     assert "BC on simple_tag" in out_of_bc and re.search(r"^standard .* -$", out_of_bc, re.MULTILINE)
     assert re.search(r"^standard +12\.3 +8\.7 ", out, re.MULTILINE) and "12.3 ±" not in out
+    # the paper's results and the normalisation are those of its own partition of the robot
+    robot = results | {"scenario": "HalfCheetah", "dataset": "expert"}
+    assert re.search(r"^standard +12\.3 +7\.7 .* 3676\.6 ± 248\.1$", closing_table(robot, "HalfCheetah"), re.MULTILINE)
+    assert re.search(r"^standard +12\.3 +- .* -$", closing_table(robot, "HalfCheetah-6x1"), re.MULTILINE)
 
 
 @pytest.fixture
@@ -525,11 +529,12 @@ def test_a_finished_run_says_how_to_go_on(copied, script):
     code, _, err = script(DOM2, "--resume", str(copied), "--updates", "7")
     assert code == 0, err
     # as if the last evaluation had been interrupted: then the file has the results of fewer updates, or is missing
-    (copied / "results.json").write_bytes(before)
-    for _ in range(2):
+    for contents in (before, None, b'{"upda', b"[]"):  # the last two are damaged
+        (copied / "results.json").unlink()
+        if contents is not None:
+            (copied / "results.json").write_bytes(contents)
         code, _, err = script(DOM2, "--resume", str(copied))
         assert code == 0 and json.loads((copied / "results.json").read_text())["updates"] == 7, err
-        (copied / "results.json").unlink()
 
 
 def test_a_lower_learning_rate_changes_what_is_learned(whole, tmp_path):
@@ -990,11 +995,14 @@ def test_thresholds_without_replication_are_refused():
         (DOM2, "--no-augment --copies 2", "--copies: nothing is replicated without --augment"),
         (DOM2, "--no-augment --quantiles 0.5", "--quantiles: nothing is replicated without --augment"),
         (OMAR, "--copies=2", "--copies: nothing is replicated without --augment"),
+        (DOM2, "--eta 0 --zeta 1", "--zeta: no critic is trained with --eta 0"),
+        (DOM2, "--critic_lr 1e-3 --eta=0", "--critic-lr: no critic is trained with --eta 0"),
+        (DOM2, "--eta 0 --copies 2 --scenario simple_spread --dataset expert", None),  # its settings have a zeta
         (OMAR, "--augment --copies 2 --thresholds 1", None),
         (DOM2, "--quantiles 0.5 --copies 2", None),
     ],
 )
-def test_options_of_replication_that_change_nothing_are_refused(algorithm, words, message):
+def test_options_that_change_nothing_are_refused(algorithm, words, message):
     if message is None:
         assert parse(algorithm, "", words.split()).copies == 2
     else:
@@ -1299,11 +1307,24 @@ def test_collect_datasets_from_the_command_line(script, tmp_path, pretrained):
     assert code == 0 and len(files(tmp_path)) == 2 * len(made)
 
 
+def test_all_is_checked_before_any_dataset_is_made(script, tmp_path, pretrained):
+    (tmp_path / "one").mkdir()
+    shutil.copy(pretrained / "simple_spread.pt", tmp_path / "one")
+    words = ["--pretrained-dir", str(tmp_path / "one"), "--dataset", "random", "--num-transitions", "100"]
+    for second, naming in (
+        ("HalfCheetah", "--num-transitions 100: HalfCheetah needs at least 2000, two episodes"),
+        ("simple_world", "simple_world.pt"),
+    ):
+        refused(script, tmp_path, *words, "--scenario", "simple_spread", second, naming=naming, what=collect_datasets)
+
+
 @pytest.mark.parametrize(
     "options, naming, boxed",
     [
         (dict(scenario="nonsense"), "--scenario nonsense", False),
         (dict(dataset=("random", "nonsense")), "nonsense", True),
+        (dict(dataset=()), "--dataset : must be at least one name", True),
+        (dict(scenario=()), "--scenario : must be at least one name", True),
         (dict(num_transitions=49), "--num-transitions 49", False),
         (dict(num_transitions=-1000), "--num-transitions -1000", False),
         (dict(pretrained_dir="none"), "none", False),

@@ -83,6 +83,7 @@ def assignments(run, shift: str, starts: int = 20, episodes: int = 100) -> dict:
     start = [x.repeat_interleave(episodes, 0).repeat(S, 1, 1) for x in (first.agent_pos, first.landmark_pos)]
     env, paths = run.make_env(len(start[0])), []
     world, step = env.world, env.world.step
+    world.speed = first.speed.repeat_interleave(episodes, 0).repeat(S, 1)
     world.reset = lambda: world.set_state(start[0], torch.zeros_like(start[0]), start[1])
 
     def recorded_step(actions):
@@ -157,9 +158,9 @@ def save_video(images: Iterable, path: Path) -> None:
     imageio.mimsave(path, list(images), fps=10, macro_block_size=2)
 
 
-def closing_table(results: dict) -> str:
-    """One line per environment: return, normalised score, the dataset's returns and the paper's result."""
-    scenario, dataset, data = results["scenario"], results["dataset"], results["data"]
+def closing_table(results: dict, task: str) -> str:
+    """One line per environment: return, normalised score, the dataset's returns and the paper's result of `task`."""
+    dataset, data = results["dataset"], results["data"]
     seeds, episodes = results["num_seeds"], results["eval_episodes"]
     name = NAMES.get(results["algorithm"], results["algorithm"])
     if results["algorithm"] == "dom2" and results.get("settings", {}).get("eta") == 0:
@@ -167,15 +168,15 @@ def closing_table(results: dict) -> str:
     over_seeds = f"for each of {seeds} seeds, mean ± std over seeds" if seeds > 1 else "of one seed"
     paper_column = f"paper ({name})"
     lines = [
-        f"\n{name} on {scenario}/{dataset}, last parameters ({counted(results['updates'], 'update')}),",
+        f"\n{name} on {task}/{dataset}, last parameters ({counted(results['updates'], 'update')}),",
         f"mean return of {counted(episodes, 'episode')} {over_seeds}\n",
         f"{'environment':<12}{'return':>17}{'normalised':>12}{'data mean':>11}{'data max':>10}{paper_column:>24}",
     ]
     for shift, returns in results["returns"].items():
         x = torch.tensor(returns)
         spread = f" ± {x.std(correction=0):.1f}" if seeds > 1 else ""
-        paper = common.paper_result(scenario, dataset, shift, name)
-        normalised = common.normalised_score(scenario, x.mean().item())
+        paper = common.paper_result(task, dataset, shift, name)
+        normalised = common.normalised_score(task, x.mean().item())
         lines.append(
             f"{'standard' if shift == 'none' else shift:<12} {f'{x.mean():.1f}{spread}':>16} "
             f"{'-' if normalised is None else f'{normalised:.1f}':>11} {data['mean']:>10.1f} {data['max']:>9.1f} "

@@ -35,6 +35,7 @@ Widths = Annotated[
     Rule("below 2^31", lambda x: max(x) < 2**31),
 ]
 NoiseScale = Annotated[float, Rule("from 0 to 100", lambda x: 0 <= x <= 100)]  # a float32 holds exp(-100 / 4)
+AT_LEAST_ONE = Rule("at least one name", len)
 Quantiles = Annotated[tuple[float, ...], Rule("numbers in [0, 1]", lambda x: x and all(0 <= q <= 1 for q in x))]
 Thresholds = Annotated[tuple[float, ...] | None, Rule("numbers, at least one", lambda x: x and all(r == r for r in x))]
 DatasetName = Literal["random", "random-medium", "medium-replay", "medium", "medium-expert", "expert"]
@@ -138,7 +139,7 @@ class TrainingArgs(Options):
     num_seeds: Count = 1
     """independent runs S, trained side by side in one program"""
     updates: Count = 2_000
-    """gradient steps T of Algorithm 2"""
+    """updates, T of DOM2's Algorithm 2"""
     batch_size: Count = 1024
     """transitions per learner and update"""
 
@@ -152,7 +153,7 @@ class EvaluationArgs(Options):
     eval_episodes: Count = 1_000
     """episodes per seed of every evaluation"""
     shift: tuple[Shift, ...] = ("speed",)
-    """shifted environments of the final evaluation: speed; landmarks6: dismiss; robots: random, extreme; or none"""
+    """shifted environments of the final evaluation: speed; landmarks6: dismiss; MuJoCo: random, extreme; or none"""
 
 
 @dataclass
@@ -209,11 +210,20 @@ def parse_groups(default, description: str, words: list[str]):
     return args
 
 
+REPLICATION = ("--quantiles", "--copies")
+CRITIC = ("--zeta", "--conservative-share", "--gamma", "--critic-lr", "--critic-widths")
+
+
 def refuse_idle(args: DataArgs, words: list[str]) -> None:
     """Raise a UserError at a word of the command line that changes nothing beside the other options."""
-    named = {word.partition("=")[0] for word in words}
-    for option in ("--quantiles", "--copies"):
-        if option in named and not args.augment:
-            raise UserError(f"{option}: nothing is replicated without --augment; leave it out or augment")
-    if "--quantiles" in named and args.thresholds:
-        raise UserError("--quantiles: --thresholds take their place; give one of them")
+    named = {word.partition("=")[0].replace("_", "-") for word in words}
+    idle = []
+    if not args.augment:
+        idle += [(x, "nothing is replicated without --augment; leave it out or augment") for x in REPLICATION]
+    elif args.thresholds:
+        idle += [("--quantiles", "--thresholds take their place; give one of them")]
+    if getattr(args, "eta", None) == 0:
+        idle += [(x, "no critic is trained with --eta 0; leave it out or give --eta a weight") for x in CRITIC]
+    for option, reason in idle:
+        if option in named:
+            raise UserError(f"{option}: {reason}")
