@@ -72,7 +72,7 @@ class TrainingArgs(options.TrainingArgs):
     zeta: Weight = 0.0
     """weight of the conservative term in Eq. 1; 0 turns it off"""
     conservative_share: Share = 0.25
-    """share of every minibatch from which that term is estimated; 1 as in the paper, which nearly doubles its time"""
+    """share of every minibatch used for that term; the paper's 1 nearly doubles the time of an update"""
     max_grad_norm: Weight = 0.5
     """largest gradient norm per learner and network; 0: no clipping"""
 
@@ -300,7 +300,7 @@ class DiffusionPolicy(nn.Module):
     With prediction="noise" the network's output f is eps_theta. With prediction="action" it stands for a clean action
     a0 = tanh(f), and the solver gets the noise eps_theta = (a - alpha a0) / sigma that this action implies. Every
     predicted action then lies in [-1, 1]. Noise of about 0.01 is left at tau_0; the last clamp only restores the range.
-    `mask` [L, 1, A] is 0 in entries that an agent's actions do not have: 0 in every action and network input.
+    `mask` [L, 1, A] is 0 where an agent has no such action entry; actions and network inputs are 0 there.
     """
 
     solver = staticmethod(dpm_solver)  # a subclass may have another one

@@ -670,9 +670,9 @@ over seeds.
 Everything is being made again with today's code and settings: algorithms with the seeds 10 to 14, their variants in
 the studies with 10 to 12. In Tables 1 and 2 DOM2, BC, MA-BC and MA-TD3+BC are done, in Tables 3 and 4 all. A dagger
 (†) in the tables marks older results. These have the seeds 0 to 2, with which the settings were chosen, and earlier
-code, in which the policies acted themselves and not their average ([more](../results/README.md#raw-results)). Variants
-of an algorithm that are older than its main result are left out. Figure 6 leaves out everything older than DOM2's
-result.
+code, in which the policies acted themselves and not their average. Six results of MA-SfBC and MA-Diffusion-QL without
+a dagger are older as well ([more](../results/README.md#raw-results)). Variants of an algorithm that are older than its
+main result are left out. Figure 6 leaves out everything older than DOM2's result.
 """
 
 
