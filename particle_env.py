@@ -175,7 +175,7 @@ class ParticleEnv:
         if shift not in (None, "none", *shifts):
             raise ValueError(f"unknown shift {shift!r} of {scenario}: choose {' or '.join(shifts)} or none")
         self.shift, self.device, self.dtype = shift, torch.device(device), dtype
-        self.generator = torch.Generator().manual_seed(as_int(seed, "seed"))  # a GPU draws the same worlds
+        self.generator = torch.Generator("cpu").manual_seed(as_int(seed, "seed"))  # the same worlds on every device
         spec = self.spec
         self.num_agents, self.num_landmarks = len(spec.agents), len(spec.landmarks)
         n, m, solid = self.num_agents, self.num_landmarks, spec.num_solid
@@ -205,7 +205,7 @@ class ParticleEnv:
         return (2 + forests,) * 3 + (forests,)  # predators also see the prey's velocity
 
     def _uniform(self, *shape, low=-1.0, high=1.0):
-        u = torch.rand(*shape, dtype=self.dtype, generator=self.generator)
+        u = torch.rand(*shape, device="cpu", dtype=self.dtype, generator=self.generator)
         return low + (high - low) * u.to(self.device)
 
     def reset(self) -> list[Tensor]:

@@ -85,7 +85,7 @@ class Options:
             if not has_type(value, kind):
                 expected = kind.__name__ if isinstance(kind, type) else kind
                 raise UserError(f"{option} {value!r}: must be of type {expected}")
-            choices = hint.__args__[0] if typing.get_origin(hint) is tuple else hint
+            choices = kind.__args__[0] if typing.get_origin(kind) is tuple else kind
             if typing.get_origin(choices) is Literal:
                 for one in value if isinstance(value, tuple) else (value,):
                     if one not in typing.get_args(choices):
