@@ -228,13 +228,14 @@ def test_runs_killed_at_any_moment_go_on_bit_for_bit(script, start, tmp_path, da
     while kills < 20:
         folder, chains = tmp_path / str(chains), chains + 1
         command, code = words, None
-        while code != 0:
+        while code not in (0, 2):
             program = start(script, command, folder)
             if kills < 20:
                 program.kill(moments.uniform(0, whole.seconds))
             code, printed = program.wait()
-            assert code in (0, -signal.SIGKILL), printed
-            kills += code != 0
+            # 2: it was killed between its results and its end, and so had nothing left to do
+            assert code in (0, -signal.SIGKILL) or (code == 2 and "is finished; a larger --updates" in printed), printed
+            kills += code == -signal.SIGKILL
             checkpoints = sorted(folder.glob("runs/*/*.pt"))
             for checkpoint in checkpoints:  # none is half
                 load_torch(checkpoint)
@@ -663,8 +664,6 @@ def contradictory(given, defaults):
     if not given["augment"] and (given["thresholds"] or {"quantiles", "copies"} & named):
         return True
     if given["thresholds"] and "quantiles" in named:
-        return True
-    if given.get("eta") == 0 and {"zeta", "gamma", "critic_lr", "critic_widths"} & named:
         return True
     return given.get("eta") == 0 and given.get("bc_weight") == 0
 

@@ -995,14 +995,11 @@ def test_thresholds_without_replication_are_refused():
         (DOM2, "--no-augment --copies 2", "--copies: nothing is replicated without --augment"),
         (DOM2, "--no-augment --quantiles 0.5", "--quantiles: nothing is replicated without --augment"),
         (OMAR, "--copies=2", "--copies: nothing is replicated without --augment"),
-        (DOM2, "--eta 0 --zeta 1", "--zeta: no critic is trained with --eta 0"),
-        (DOM2, "--critic_lr 1e-3 --eta=0", "--critic-lr: no critic is trained with --eta 0"),
-        (DOM2, "--eta 0 --copies 2 --scenario simple_spread --dataset expert", None),  # its settings have a zeta
         (OMAR, "--augment --copies 2 --thresholds 1", None),
         (DOM2, "--quantiles 0.5 --copies 2", None),
     ],
 )
-def test_options_that_change_nothing_are_refused(algorithm, words, message):
+def test_options_of_replication_that_change_nothing_are_refused(algorithm, words, message):
     if message is None:
         assert parse(algorithm, "", words.split()).copies == 2
     else:

@@ -210,20 +210,11 @@ def parse_groups(default, description: str, words: list[str]):
     return args
 
 
-REPLICATION = ("--quantiles", "--copies")
-CRITIC = ("--zeta", "--conservative-share", "--gamma", "--critic-lr", "--critic-widths")
-
-
 def refuse_idle(args: DataArgs, words: list[str]) -> None:
     """Raise a UserError at a word of the command line that changes nothing beside the other options."""
-    named = {word.partition("=")[0].replace("_", "-") for word in words}
-    idle = []
-    if not args.augment:
-        idle += [(x, "nothing is replicated without --augment; leave it out or augment") for x in REPLICATION]
-    elif args.thresholds:
-        idle += [("--quantiles", "--thresholds take their place; give one of them")]
-    if getattr(args, "eta", None) == 0:
-        idle += [(x, "no critic is trained with --eta 0; leave it out or give --eta a weight") for x in CRITIC]
-    for option, reason in idle:
-        if option in named:
-            raise UserError(f"{option}: {reason}")
+    named = {word.partition("=")[0] for word in words}
+    for option in ("--quantiles", "--copies"):
+        if option in named and not args.augment:
+            raise UserError(f"{option}: nothing is replicated without --augment; leave it out or augment")
+    if "--quantiles" in named and args.thresholds:
+        raise UserError("--quantiles: --thresholds take their place; give one of them")
